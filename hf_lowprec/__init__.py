@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hf_lowprec: train any Hugging Face script in low precision by changing one word.
+
+Everything here loads on first use: importing the package imports neither torch nor triton nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_lowprec import _autoload
+
+__version__ = "0.1.0"
+
+# A script that imports us by hand gets the launcher's recipes too, whether or not torch loaded the entry point.
+_autoload.install()
+
+_EXPORTS = {
+    "convert": "conversion",
+    "revert": "conversion",
+    "high_precision": "conversion",
+    "invalidate": "conversion",
+    "ConversionError": "conversion",
+    "ConversionReport": "report",
+    "Recipe": "recipe",
+    "RecipeError": "recipe",
+    "PRESETS": "recipe",
+    "LowPrecLinear": "modules",
+    "LowPrecConfig": "integrations.quantizer",
+    "LowPrecCallback": "integrations.trainer",
+    "LowPrecTrainingArguments": "integrations.trainer",
+    "LowPrecSFTConfig": "integrations.trl",
+    "LowPrecDPOConfig": "integrations.trl",
+    "LowPrecRewardConfig": "integrations.trl",
+    "LowPrecGRPOConfig": "integrations.trl",
+}
+_NAMESPACES = ("optim", "numerics", "monitor")
+
+__all__ = [*_EXPORTS, *_NAMESPACES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, revert
+    from hf_lowprec.modules import LowPrecLinear
+    from hf_lowprec.recipe import PRESETS, Recipe, RecipeError
+    from hf_lowprec.report import ConversionReport
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"hf_lowprec.{_EXPORTS[name]}"), name)
+    if name in _NAMESPACES:
+        return importlib.import_module(f"hf_lowprec.{name}")
+    raise AttributeError(f"module 'hf_lowprec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low precision in plain torch: exact, on every device, and the truth that kernels are tested against."""
+
+from hf_lowprec.numerics.errors import relative_error, saturation_fraction, sqnr, underflow_fraction
+from hf_lowprec.numerics.hashing import counter_hash, seed_keys
+from hf_lowprec.numerics.quantize import ScaledTensor, dequantize, quantize, quantize_dequantize
+from hf_lowprec.numerics.rounding import Overflow, decode, encode, round_to_format
+from hf_lowprec.numerics.scaling import (
+    NonFinite,
+    amax_per_group,
+    delayed_update,
+    expand_scale,
+    finite_amax,
+    scale_from_amax,
+    scale_like,
+    scale_shape,
+)
+
+__all__ = [
+    "NonFinite",
+    "Overflow",
+    "ScaledTensor",
+    "amax_per_group",
+    "counter_hash",
+    "decode",
+    "delayed_update",
+    "dequantize",
+    "encode",
+    "expand_scale",
+    "finite_amax",
+    "quantize",
+    "quantize_dequantize",
+    "relative_error",
+    "round_to_format",
+    "saturation_fraction",
+    "scale_from_amax",
+    "scale_like",
+    "scale_shape",
+    "seed_keys",
+    "sqnr",
+    "underflow_fraction",
+]

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random words for stochastic rounding: a hash of (seed, index), the same bits on every device and in every order.
+
+    mix(h):  h ^= h >> 16;  h *= 0x7feb352d;  h ^= h >> 15;  h *= 0x846ca68b;  h ^= h >> 16      (lowbias32, mod 2^32)
+    k0 = mix(low32(seed) ^ 0x9e3779b9)
+    k1 = mix(high32(seed) ^ k0)
+    word(seed, i) = mix with k1 injected:
+        h = low32(i) ^ k0;  h ^= h >> 16;  h *= 0x7feb352d
+        h ^= k1 ^ mix(high32(i));  h ^= h >> 15;  h *= 0x846ca68b;  h ^= h >> 16
+
+lowbias32 is Chris Wellons' two-multiply 32-bit mixer. With a single key before it, two seeds would give the same words
+in another order; the second key after the first multiplication breaks that. mix(0) is 0, so tensors of fewer than
+2^32 elements pay nothing for the high half of the index. The words are keyed by the logical position of an element,
+never by launch order, so tiling and chunking do not change a result.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+_M0, _M1 = 0x7FEB352D, 0x846CA68B
+
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
+
+
+def _mix(h: IntOrTensor) -> IntOrTensor:
+    """lowbias32 of a Python int or an int64 tensor that holds 32 unsigned bits."""
+    h = h ^ (h >> 16)
+    h = (h * _M0) & _LOW
+    h = h ^ (h >> 15)
+    h = (h * _M1) & _LOW
+    return h ^ (h >> 16)
+
+
+def seed_keys(seed: IntOrTensor) -> tuple[IntOrTensor, IntOrTensor]:
+    """(k0, k1) of a 64-bit seed: Python ints of 32 bits, or int64 tensors that hold them (no host synchronisation)."""
+    k0 = _mix((seed & _LOW) ^ _GOLDEN)
+    return k0, _mix(((seed >> 32) & _LOW) ^ k0)
+
+
+def _signed(word: int | Tensor) -> int | Tensor:
+    """32 unsigned bits as int32."""
+    if isinstance(word, Tensor):
+        return word.to(torch.int32)
+    return word - (1 << 32) if word >> 31 else word
+
+
+def counter_hash(
+    seed: int | Tensor, index: int | Tensor, *, start: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """One 32-bit word per index; see the module docstring for the formula.
+
+    seed: an int of up to 64 bits, or a 0-dim int64 tensor.
+    index: an int64 tensor of indices, or a count n for the indices `start` to `start + n - 1` on `device`.
+
+    Returns: int32 of the shape of `index` (or [n]); its 32 bits are the word.
+    """
+    k0, k1 = seed_keys(seed) if isinstance(seed, Tensor) else seed_keys(int(seed))
+    if isinstance(index, Tensor):
+        low, high = index.to(torch.int64), index >> 32
+        h = low.to(torch.int32)
+        late: int | Tensor = _mix(high & _LOW) ^ k1
+    elif start >> 32 == (start + max(index, 1) - 1) >> 32:
+        first = _signed(start & _LOW)
+        assert isinstance(first, int)
+        h = torch.arange(first, first + index, dtype=torch.int32, device=device)
+        late = _mix(start >> 32) ^ k1
+    else:
+        return counter_hash(seed, torch.arange(start, start + index, device=device))
+    # Shifts of int32 are arithmetic; the masks make them logical.
+    h = h ^ _signed(k0)
+    h ^= (h >> 16) & 0xFFFF
+    h *= _M0
+    h ^= _signed(late)
+    h ^= (h >> 15) & 0x1FFFF
+    h *= _M1 - (1 << 32)
+    h ^= (h >> 16) & 0xFFFF
+    return h

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe says in which precision a model trains. Frozen data, no arithmetic.
+
+A linear layer runs three matrix products, so a recipe binds six GEMM slots:
+
+    fprop:  output      = input       @ weight.T      slots input,       weight
+    dgrad:  grad_input  = grad_output @ weight        slots grad_output, weight
+    wgrad:  grad_weight = grad_output.T @ input       slots input,       grad_output
+
+Each slot holds a `Quant` (format, scaling, rounding, overflow) or None for the base precision. Beside the slots stand
+the small policies: optimizer states, gradient communication, loss scale, model transform, tensors saved for backward,
+modules left alone. `PRESETS` holds the named recipes; `Recipe.from_dict` and friends read a user's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from hf_lowprec.formats import get_format
+
+_CONFIG = ConfigDict(extra="forbid")
+
+
+class RecipeError(ValueError):
+    """A recipe that is unknown, malformed or contradictory. The message names the field."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Rounding:
+    """How a value between two codes picks one of them.
+
+    mode: `nearest` (ties to even), `away` (ties away from zero), `zero` (truncate), `stochastic`.
+    bits: stochastic only: random bits per rounding; None uses all the bits that are dropped.
+    """
+
+    mode: Literal["nearest", "away", "zero", "stochastic"] = "nearest"
+    bits: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Rounding:
+        if self.bits is not None and (self.mode != "stochastic" or not 1 <= self.bits <= 23):
+            raise ValueError("bits: only for mode 'stochastic', from 1 to 23")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Scaling:
+    """Which elements share a scale, and where the scale comes from. The scale multiplies codes: x ~ qdata * scale.
+
+    granularity: `tensor`, `row`, `column`, `block` (`block=(k,)` along the GEMM's reduction axis), `tile` (`(m, n)`).
+    method: `none` (scale 1), `static` (2**exponent), `current` (this tensor's amax), `delayed` (amax history).
+    history, algorithm, margin: delayed only: amax of `history` steps, their `max` or the `most_recent`; the scale
+        leaves `margin` powers of two of headroom.
+    snap: how the scale is rounded: `exact`; `rceil`, `ocp`, `ceil`, `even` are powers of two (OCP MX v1.0 and its
+        variants; `rceil` never overflows the format).
+    store: `float32` or `e8m0` (needs a power-of-two snap).
+    group: who shares a delayed amax: `local` or `data_parallel` ranks.
+    """
+
+    granularity: Literal["tensor", "row", "column", "block", "tile"] = "tensor"
+    block: tuple[int, ...] = ()
+    method: Literal["none", "static", "current", "delayed"] = "current"
+    exponent: int = 0
+    history: int = 1
+    algorithm: Literal["max", "most_recent"] = "max"
+    margin: int = 0
+    snap: Literal["exact", "rceil", "ocp", "ceil", "even"] = "exact"
+    store: Literal["float32", "e8m0"] = "float32"
+    group: Literal["local", "data_parallel"] = "data_parallel"
+
+    @model_validator(mode="after")
+    def _check(self) -> Scaling:
+        wanted = {"block": 1, "tile": 2}.get(self.granularity, 0)
+        if len(self.block) != wanted or any(b < 1 for b in self.block):
+            raise ValueError(f"block: {self.granularity!r} takes {wanted} positive sizes, got {self.block}")
+        if self.method == "delayed" and self.granularity != "tensor":
+            raise ValueError("granularity: delayed scaling keeps one amax history per tensor")
+        if self.method != "delayed" and (self.history != 1 or self.algorithm != "max"):
+            raise ValueError("history, algorithm: only for method 'delayed'")
+        if self.history < 1:
+            raise ValueError("history: at least 1")
+        if self.exponent and self.method != "static":
+            raise ValueError("exponent: only for method 'static'")
+        if self.store == "e8m0" and self.snap == "exact":
+            raise ValueError("store: e8m0 holds powers of two only; choose snap rceil, ocp, ceil or even")
+        return self
+
+
+NONE = Scaling(method="none")
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Quant:
+    """One tensor in low precision: format, scaling, rounding, and what becomes of finite values beyond the format."""
+
+    format: str
+    scaling: Scaling = Scaling()
+    rounding: Rounding = Rounding()
+    overflow: Literal["saturate", "inf", "nan", "error"] = "saturate"
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return str(get_format(name))
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Accumulation:
+    """How a GEMM sums its products: in `format` (None = float32), optionally in chunks whose sums add in `outer`.
+
+    fast: let the tensor core keep its partial sums (about 14 bits on Hopper) instead of promoting them to float32.
+    """
+
+    format: str | None = None
+    rounding: Rounding = Rounding()
+    chunk: int | None = None
+    outer: str | None = None
+    fast: bool = False
+
+    @field_validator("format", "outer")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        return None if name is None else str(get_format(name))
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Gemm:
+    """One GEMM's two operand slots (None = base precision) and its accumulation."""
+
+    input: Quant | None = None
+    weight: Quant | None = None
+    grad_output: Quant | None = None
+    accumulation: Accumulation = Accumulation()
+
+    @property
+    def quantised(self) -> bool:
+        return any(q is not None for q in (self.input, self.weight, self.grad_output))
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class States:
+    """Optimizer states of Adam. None keeps float32; `master=None` makes the Parameter itself the master.
+
+    master: used where the Parameter is loaded in 16 bits; a float32 Parameter is its own master.
+    update: rounding of a 16-bit Parameter that is its own master.
+    """
+
+    exp_avg: Quant | None = None
+    exp_avg_sq: Quant | None = None
+    master: Quant | None = None
+    update: Rounding = Rounding()
+
+    @model_validator(mode="after")
+    def _check(self) -> States:
+        sq = self.exp_avg_sq
+        if sq is not None and sq.scaling.granularity == "tensor" and get_format(sq.format).bits <= 8:
+            raise ValueError(
+                "exp_avg_sq: 8 bits with one scale per tensor round small second moments to zero and the update "
+                "diverges (FP8-LM, arXiv 2310.18313, table 6, variant #4); use e5m10, or a block scaling"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Communication:
+    """Weight gradients between GPUs and on their way into the optimizer.
+
+    auto_scale: FP8-LM's factor mu (arXiv 2310.18313, section 2.1): halved when more than `saturation` of the codes sit
+        at the format's maximum, otherwise doubled per `growth` steps.
+    """
+
+    gradient: Quant
+    auto_scale: bool = False
+    saturation: float = 1e-5
+    growth: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class LossScale:
+    """Loss scaling of fp16 training; torch's GradScaler carries it out."""
+
+    method: Literal["none", "static", "dynamic"] = "none"
+    init: float = 65536.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Recipe:
+    """One way to train. See the module docstring for the slots; `hf-lowprec explain NAME` prints one.
+
+    base: precision of everything that no slot names (`no` = float32), as accelerate calls it.
+    saved: tensors kept for elementwise backward; None keeps the base precision.
+    modules_to_not_convert: names or regular expressions of modules to leave alone, added to the defaults.
+    """
+
+    name: str
+    paper: str = ""
+    base: Literal["no", "fp16", "bf16"] = "bf16"
+    fprop: Gemm = Gemm()
+    dgrad: Gemm = Gemm()
+    wgrad: Gemm = Gemm()
+    states: States | None = None
+    communication: Communication | None = None
+    loss_scale: LossScale = LossScale()
+    transform: Literal["none"] = "none"
+    saved: Quant | None = None
+    modules_to_not_convert: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        foreign = {"fprop": "grad_output", "dgrad": "input", "wgrad": "weight"}
+        for gemm, slot in foreign.items():
+            if getattr(getattr(self, gemm), slot) is not None:
+                raise ValueError(f"{gemm}.{slot}: {gemm} does not read {slot}")
+            quants = [getattr(getattr(self, gemm), s) for s in ("input", "weight", "grad_output") if s != slot]
+            if (quants[0] is None) != (quants[1] is None):
+                raise ValueError(f"{gemm}: quantise both operands or neither")
+        # Each operand of a layer keeps one amax history; its scale is made for the format of the first slot.
+        for slot, first, second in (("input", "fprop", "wgrad"), ("weight", "fprop", "dgrad"),
+                                    ("grad_output", "dgrad", "wgrad")):  # fmt: skip
+            one, two = getattr(getattr(self, first), slot), getattr(getattr(self, second), slot)
+            if one is None or two is None or two.scaling.method != "delayed":
+                continue
+            if one.scaling != two.scaling or one.format != two.format:
+                raise ValueError(f"{second}.{slot}: delayed scaling needs the format and scaling of {first}.{slot}")
+        return self
+
+    @property
+    def quantises_gemms(self) -> bool:
+        return any(g.quantised for g in (self.fprop, self.dgrad, self.wgrad))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without the fields that hold their default. `from_dict` reads it back equal."""
+        out: dict[str, Any] = _ADAPTER.dump_python(self, mode="json", exclude_defaults=True)
+        return out
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_yaml(self) -> str:
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return text
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Raises RecipeError naming every field that is wrong."""
+        try:
+            return _ADAPTER.validate_python(data)
+        except ValidationError as error:
+            raise RecipeError(_describe(error, data)) from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"recipe is not JSON: {error}") from None
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe is not YAML: {error}") from None
+
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def _describe(error: ValidationError, data: Any) -> str:
+    name = data.get("name", "<unnamed>") if isinstance(data, dict) else "<unnamed>"
+    lines = [f"recipe {name!r} is not valid:"]
+    for e in error.errors():
+        field = ".".join(str(part) for part in e["loc"]) or "(recipe)"
+        message = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "unexpected_keyword_argument":
+            message = "no such field"
+        lines.append(f"  {field}: {message}")
+    return "\n".join(lines)
+
+
+# --- presets -------------------------------------------------------------------------------------------------------
+
+_POW2 = Scaling(snap="rceil")
+_SPLIT, _FAST = Accumulation(), Accumulation(fast=True)
+
+
+class _Gemms(TypedDict):
+    fprop: Gemm
+    dgrad: Gemm
+    wgrad: Gemm
+
+
+def _fp8(forward: Scaling, gradient: Scaling, weight: Scaling) -> _Gemms:
+    """E4M3 forward, E5M2 output gradients (arXiv 2209.05433); fast accumulation in fprop only."""
+    x, w = Quant(format="e4m3fn", scaling=forward), Quant(format="e4m3fn", scaling=weight)
+    g = Quant(format="e5m2", scaling=gradient)
+    return {
+        "fprop": Gemm(input=x, weight=w, accumulation=_FAST),
+        "dgrad": Gemm(grad_output=g, weight=w, accumulation=_SPLIT),
+        "wgrad": Gemm(input=x, grad_output=g, accumulation=_SPLIT),
+    }
+
+
+_D16 = Scaling(method="delayed", history=16, snap="rceil")
+_D1024 = Scaling(method="delayed", history=1024)
+_STATIC = Scaling(method="static", exponent=0)
+_SR = Rounding(mode="stochastic")
+
+FP8_LM_STATES = States(
+    exp_avg=Quant(format="e4m3fn", scaling=_POW2),
+    exp_avg_sq=Quant(format="e5m10", scaling=_POW2),
+    master=Quant(format="e5m10", scaling=_POW2, rounding=_SR),
+)
+_FP8_LM = Recipe(
+    name="fp8-lm",
+    paper="FP8-LM: Training FP8 Large Language Models, arXiv 2310.18313",
+    **_fp8(_D16, _D16, _POW2),
+    states=FP8_LM_STATES,
+    communication=Communication(gradient=Quant(format="e4m3fn", scaling=_POW2), auto_scale=True),
+    saved=Quant(format="e4m3fn", scaling=_POW2),
+)
+
+PRESETS: dict[str, Recipe] = {
+    r.name: r
+    for r in (
+        Recipe(name="bf16", paper="A Study of BFLOAT16 for Deep Learning Training, arXiv 1905.12322"),
+        Recipe(
+            name="bf16-sr",
+            paper="Revisiting BFloat16 Training, arXiv 2010.06192",
+            states=States(update=_SR),
+        ),
+        Recipe(
+            name="fp16",
+            paper="Mixed Precision Training, arXiv 1710.03740",
+            base="fp16",
+            loss_scale=LossScale(method="dynamic"),
+        ),
+        _FP8_LM,
+        replace(_FP8_LM, name="fp8-lm-o1", states=None),
+        Recipe(
+            name="te-delayed",
+            paper="FP8 Formats for Deep Learning, arXiv 2209.05433; TransformerEngine DelayedScaling",
+            **_fp8(_D1024, _D1024, _D1024),
+        ),
+        Recipe(
+            name="te-current",
+            paper="FP8 Formats for Deep Learning, arXiv 2209.05433; TransformerEngine Float8CurrentScaling",
+            **_fp8(Scaling(), Scaling(), Scaling()),
+        ),
+        Recipe(
+            name="fp8-amax",
+            paper="Training and inference of LLMs using 8-bit floating point, arXiv 2309.17224, FP8-AMAX",
+            **_fp8(_POW2, _POW2, _POW2),
+        ),
+        Recipe(
+            name="fp8-cscale",
+            paper="Training and inference of LLMs using 8-bit floating point, arXiv 2309.17224, FP8-CSCALE",
+            **_fp8(_STATIC, _STATIC, _STATIC),
+        ),
+    )
+}
+ALIASES: dict[str, str] = {"fp8-lm-o2": "fp8-lm"}
+PLANNED: tuple[str, ...] = (
+    "fp8-lm-o3", "bitnet", "bitnet-b1.58", "switchback", "switchback-m", "switchback-q", "mxfp8", "mxfp6", "mxfp4",
+    "mxint8", "hfp8", "fp8-chunked", "sr-mac", "unit-scaling", "u-mup", "fp8-flex",
+)  # fmt: skip
+
+# FP8-LM's decoupling study (arXiv 2310.18313, table 6); #4 is refused by States.
+DECOUPLING: dict[str, States] = {
+    "#0": States(),
+    "#1": States(),
+    "#2a": FP8_LM_STATES,
+    "#2b": replace(FP8_LM_STATES, master=Quant(format="e8m7", scaling=NONE, rounding=_SR)),
+    "#3": replace(FP8_LM_STATES, master=Quant(format="e4m3fn", scaling=_POW2, rounding=_SR)),
+}
+
+
+def known_names() -> list[str]:
+    """Every recipe name, the planned ones included."""
+    return [*PRESETS, *ALIASES, *PLANNED]
+
+
+def get_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
+    """A preset's name, a path to a .yaml or .json file, a dict, or a Recipe.
+
+    Raises RecipeError: unknown name (with the nearest ones), planned name, missing or malformed file.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, dict):
+        return Recipe.from_dict(recipe)
+    text = str(recipe)
+    if text.endswith((".yaml", ".yml", ".json")):
+        path = Path(text)
+        if not path.is_file():
+            raise RecipeError(f"recipe file {text!r} does not exist")
+        read = Recipe.from_json if text.endswith(".json") else Recipe.from_yaml
+        return read(path.read_text(encoding="utf-8"))
+    name = ALIASES.get(text.lower().replace("_", "-"), text.lower().replace("_", "-"))
+    if name in PRESETS:
+        return PRESETS[name]
+    if name in PLANNED or name.startswith("exmy:"):
+        raise RecipeError(f"recipe {text!r} is planned, not available yet; available: {', '.join(PRESETS)}")
+    near = difflib.get_close_matches(name, known_names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {', '.join(PRESETS)}"
+    raise RecipeError(f"unknown recipe {text!r}; {hint}")
