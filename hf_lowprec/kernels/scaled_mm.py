@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hf_lowprec::scaled_mm on CUDA: `torch._scaled_mm`, with the layouts that Hopper's FP8 tensor cores demand.
+
+Both operands must be contiguous along the reduction axis ("K-major") and that axis, like the output's last one, must
+be a multiple of 16 long. wgrad reduces over tokens, of which there can be any number: its operands are transposed into
+buffers padded with zeros, which add nothing to the sums.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_lowprec.kernels.triton.transpose import transpose
+from hf_lowprec.ops.quantize import parse_quant
+from hf_lowprec.ops.registry import count
+from hf_lowprec.ops.scaled_mm import default_scaled_mm
+
+_ALIGNMENT = 16
+
+
+def scaled_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    a_quant: str,
+    b: Tensor,
+    b_scale: Tensor,
+    b_quant: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast: bool,
+    emulate: bool,
+) -> Tensor:
+    if emulate:
+        return default_scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
+    formats = parse_quant(a_quant).format, parse_quant(b_quant).format
+    _check(a.device, formats, (a_scale, b_scale))
+    if not a.numel() or not b.numel():
+        out = a.new_zeros((a.shape[0], b.shape[0]), dtype=dtype)
+        return out if bias is None else out + bias.to(dtype)
+    # cuBLASLt adds a bias in 16-bit outputs only.
+    fused = bias is not None and dtype != torch.float32
+    out = torch._scaled_mm(
+        _k_major(a),
+        _k_major(b).t(),
+        scale_a=a_scale,
+        scale_b=b_scale,
+        bias=bias.to(dtype) if bias is not None and fused else None,
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+    count(f"_scaled_mm {formats[0]} x {formats[1]}")
+    return out if bias is None or fused else out.add_(bias)
+
+
+def _k_major(x: Tensor) -> Tensor:
+    if x.stride(1) == 1 and x.stride(0) % _ALIGNMENT == 0 and x.shape[1] % _ALIGNMENT == 0:
+        return x
+    return transpose(x if x.stride(0) == 1 else x.contiguous(), pad_to=_ALIGNMENT)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _check(device: torch.device, formats: tuple[str, str], scales: tuple[Tensor, Tensor]) -> None:
+    if _capability(device) < (8, 9):
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} has no FP8 tensor cores (sm_89 or newer needed): convert with "
+            "emulate=True to compute the same numbers slowly, or use recipe 'bf16'"
+        )
+    supported = set(formats) <= {"e4m3fn", "e5m2"} and formats != ("e5m2", "e5m2")
+    if not supported or any(scale.numel() != 1 for scale in scales):
+        raise RuntimeError(
+            f"no native GEMM for {formats[0]} x {formats[1]} with these scalings: convert with emulate=True"
+        )

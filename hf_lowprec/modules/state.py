@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State of converted layers that is not a weight: amax histories, delayed scales, counters.
+
+It is neither Parameter nor buffer. A buffer would appear in state dicts that stock loaders refuse, DDP would overwrite
+every rank's values with rank 0's, and `model.half()` would cast it. It travels in the optimizer's state dict instead
+(`hf_lowprec.stepping`), and follows the weight from device to device by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_lowprec import numerics
+from hf_lowprec.formats import get_format
+from hf_lowprec.functional import LinearSpec, OperandState, quantize_weight
+from hf_lowprec.recipe import Quant, Recipe, Scaling
+
+ROLES = ("input", "weight", "grad_output")
+
+
+def role_quants(recipe: Recipe) -> dict[str, Quant | None]:
+    """The policy whose scale each operand role carries from step to step: the first slot that the role fills."""
+    return {
+        "input": recipe.fprop.input or recipe.wgrad.input,
+        "weight": recipe.fprop.weight or recipe.dgrad.weight,
+        "grad_output": recipe.dgrad.grad_output or recipe.wgrad.grad_output,
+    }
+
+
+def _operand(quant: Quant | None, other: Quant | None, seed: int) -> OperandState:
+    delayed = quant is not None and quant.scaling.method == "delayed"
+    random = any(q is not None and q.rounding.mode == "stochastic" for q in (quant, other))
+    return OperandState(
+        scale=torch.zeros(()) if delayed else None,
+        amax=torch.zeros(()) if delayed else None,
+        counts=torch.zeros(4, dtype=torch.int64),
+        seed=torch.tensor(seed, dtype=torch.int64) if random else None,
+    )
+
+
+@dataclass
+class LayerState:
+    """State of one converted linear: what `functional.linear` needs besides the Parameters."""
+
+    spec: LinearSpec
+    operands: tuple[OperandState, OperandState, OperandState]
+    enabled: bool = True
+    frozen: tuple[Tensor, Tensor] | None = None
+    _frozen_key: tuple[int, int] = (0, -1)
+
+    @classmethod
+    def create(cls, recipe: Recipe, index: int, *, weight_is_kn: bool, emulate: bool) -> LayerState:
+        first = role_quants(recipe)
+        second = {"input": recipe.wgrad.input, "weight": recipe.dgrad.weight, "grad_output": recipe.wgrad.grad_output}
+        operands = tuple(_operand(first[r], second[r], seed=(3 * index + i) << 32) for i, r in enumerate(ROLES))
+        spec = LinearSpec.from_recipe(recipe, weight_is_kn=weight_is_kn, emulate=emulate)
+        return cls(spec=spec, operands=operands)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts without the cache, which a pickle could not hold (float8) and which belongs to one weight.
+        return {**self.__dict__, "frozen": None}
+
+    def to(self, device: torch.device) -> None:
+        self.operands = tuple(  # type: ignore[assignment]
+            OperandState(*(None if t is None else t.to(device) for t in operand))  # type: ignore[arg-type]
+            for operand in self.operands
+        )
+        self.frozen = None
+
+    def frozen_weight(self, weight: Tensor, training: bool) -> tuple[Tensor, Tensor] | None:
+        """The low-precision copy of a weight that does not train, made once per optimizer step, or None.
+
+        Only for float32 weights: there the copy (1 byte) replaces the bf16 copy (2 bytes) that autocast would hold for
+        backward. Beside a bf16 weight it would add a byte per parameter, and LoRA's peak would exceed bf16 LoRA's.
+        Only in training mode with gradients on, where every optimizer step drops it: merging adapters and loading
+        weights write `.data`, which raises no `_version`.
+        """
+        trains = weight.requires_grad or self.spec.fprop_weight is None
+        if trains or weight.dtype != torch.float32 or not training:
+            return None
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        key = (weight.data_ptr(), weight._version)
+        if self.frozen is None or key != self._frozen_key:
+            self.frozen, self._frozen_key = quantize_weight(weight, self.spec, self.operands[1]), key
+        return self.frozen
+
+
+@dataclass
+class ScalingState:
+    """Delayed scaling of a whole model: one [n, history] table, rolled once per optimizer step."""
+
+    recipe: Recipe
+    layers: dict[str, LayerState]
+    distributed: bool = False
+    history: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for role, scaling in self._delayed().items():
+            self.history.setdefault(role, torch.zeros(len(self.layers), scaling.history))
+
+    def _delayed(self) -> dict[str, Scaling]:
+        quants = role_quants(self.recipe)
+        return {r: q.scaling for r, q in quants.items() if q is not None and q.scaling.method == "delayed"}
+
+    def operands(self, role: str) -> list[OperandState]:
+        index = ROLES.index(role)
+        return [layer.operands[index] for layer in self.layers.values()]
+
+    @torch.no_grad()
+    def roll(self) -> None:
+        """Close an optimizer step: amax into the histories, new scales out of them. No host synchronisation."""
+        for role, scaling in self._delayed().items():
+            operands = self.operands(role)
+            amaxes, scales = [_not_none(o.amax) for o in operands], [_not_none(o.scale) for o in operands]
+            home = amaxes[0].device
+            history = self.history[role] = self.history[role].to(home)
+            amax = torch.stack([a.to(home, non_blocking=True) for a in amaxes])
+            if self.distributed and scaling.group == "data_parallel":
+                dist.all_reduce(amax, dist.ReduceOp.MAX)
+            history[:, 0] = torch.maximum(history[:, 0], amax)
+            scale = torch.stack([s.to(home, non_blocking=True) for s in scales])
+            fmt = get_format(role_quants(self.recipe)[role].format)  # type: ignore[union-attr]
+            numerics.delayed_update(history, scale, torch.full_like(scale, fmt.max), scaling)
+            for target, value in zip(scales, scale.unbind(), strict=True):
+                target.copy_(value, non_blocking=True)
+            torch._foreach_zero_(amaxes)
+        for layer in self.layers.values():
+            layer.frozen = None
+            for operand in layer.operands:
+                if operand.seed is not None:
+                    operand.seed.add_(1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors keyed by layer name, ready for `torch.load(weights_only=True)`."""
+        out: dict[str, Any] = {}
+        for i, (name, layer) in enumerate(self.layers.items()):
+            entry = out[name] = {}
+            for role, operand in zip(ROLES, layer.operands, strict=True):
+                tensors = {k: v.clone() for k, v in operand._asdict().items() if v is not None}
+                if role in self.history:
+                    tensors["history"] = self.history[role][i].clone()
+                entry[role] = tensors
+        return out
+
+    def check(self, state: Any) -> None:
+        """Raises ValueError, before anything changes, unless `state` fits these layers."""
+        if not isinstance(state, dict) or not all(isinstance(roles, dict) for roles in state.values()):
+            raise ValueError("low-precision state is damaged: no table of layers")
+        mine = self.state_dict()
+        if set(state) != set(mine):
+            missing, extra = sorted(set(mine) - set(state))[:3], sorted(set(state) - set(mine))[:3]
+            raise ValueError(f"low-precision state of other layers: missing {missing}, unexpected {extra}")
+        for name, roles in mine.items():
+            for role, tensors in roles.items():
+                theirs = state[name].get(role)
+                for key, tensor in tensors.items():
+                    value = theirs.get(key) if isinstance(theirs, dict) else None
+                    if not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype:
+                        raise ValueError(f"low-precision state {name}.{role}.{key} is missing or of another shape")
+                    # Scales, amaxes and counters: whatever is none of these came out of a damaged file.
+                    if key != "seed" and not bool((value.isfinite() & (value >= 0)).all()):
+                        raise ValueError(f"low-precision state {name}.{role}.{key} is negative or not finite")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check(state)
+        for i, (name, layer) in enumerate(self.layers.items()):
+            for role, operand in zip(ROLES, layer.operands, strict=True):
+                tensors = state[name][role]
+                for key, target in operand._asdict().items():
+                    if target is not None:
+                        target.copy_(tensors[key])
+                if role in self.history:
+                    self.history[role][i].copy_(tensors["history"])
+            layer.frozen = None
+
+
+def _not_none(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

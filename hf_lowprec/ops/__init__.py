@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations that kernels implement: a schema, a fake and a plain-torch default each.
+
+Nobody calls kernels by name.
+"""
+
+from hf_lowprec.ops.quantize import parse_quant, quant_key, quantize
+from hf_lowprec.ops.registry import kernel_counts
+from hf_lowprec.ops.scaled_mm import scaled_mm
+
+__all__ = ["kernel_counts", "parse_quant", "quant_key", "quantize", "scaled_mm"]

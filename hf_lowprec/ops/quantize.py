@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hf_lowprec::quantize: scale and cast one GEMM operand, and note what the cast saw.
+
+    scale = fixed, or the delayed one, or (first use, current scaling) from this tensor's amax
+    qdata = cast(input / scale)
+
+A policy crosses the operator boundary as a string (`quant_key`), because torch.compile treats strings as constants.
+Non-finite elements become NaN in qdata and are left out of amax, so one bad row cannot spoil the scale of the others.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from hf_lowprec import numerics
+from hf_lowprec.formats import Format, get_format
+from hf_lowprec.ops.registry import LIBRARY
+from hf_lowprec.recipe import Quant
+
+_QUANT = TypeAdapter(Quant)
+# Counters look at about this many elements of a tensor: fractions to 1 % need no second pass over all of it.
+_SAMPLE = 1 << 16
+
+LIBRARY.define(
+    "quantize(Tensor input, str quant, Tensor? scale, bool fixed, Tensor(a!)? amax, Tensor(b!)? counts, Tensor? seed)"
+    " -> (Tensor qdata, Tensor scale)"
+)
+
+
+@cache
+def quant_key(quant: Quant) -> str:
+    """The string that stands for `quant` in operator calls; equal policies give equal strings."""
+    return json.dumps(_QUANT.dump_python(quant, mode="json", exclude_defaults=True), sort_keys=True)
+
+
+@cache
+def parse_quant(key: str) -> Quant:
+    quant: Quant = _QUANT.validate_python(json.loads(key))
+    return quant
+
+
+@cache
+def storage_dtype(format_name: str) -> torch.dtype:
+    """dtype of qdata: torch's own where torch has the format, else integer codes."""
+    fmt = get_format(format_name)
+    if isinstance(fmt, Format) and fmt.torch_dtype_name is not None:
+        dtype: torch.dtype = getattr(torch, fmt.torch_dtype_name)
+        return dtype
+    return torch.uint8 if fmt.bits <= 8 else torch.int16
+
+
+def quantize(
+    input: Tensor,
+    quant: str,
+    scale: Tensor | None = None,
+    *,
+    fixed: bool = False,
+    amax: Tensor | None = None,
+    counts: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantise `input` [..., K] along its last axis by the policy `quant_key(...)`.
+
+    Args:
+        scale: a fixed scale (`fixed=True`), or the delayed one, where 0 means "none yet: take this tensor's amax".
+        amax: 0-dim float32, raised in place to this tensor's finite amax. None: nothing is noted.
+        counts: int64 [4], increased in place by (elements looked at, saturated, underflowed to zero, non-finite).
+        seed: 0-dim int64, for stochastic rounding.
+
+    Returns: qdata (torch's float8 or 16-bit dtype, or integer codes), and the float32 scale with x ~ qdata * scale.
+    """
+    qdata, used = torch.ops.hf_lowprec.quantize(input, quant, scale, fixed, amax, counts, seed)
+    return qdata, used
+
+
+def default_quantize(
+    input: Tensor,
+    quant: str,
+    scale: Tensor | None,
+    fixed: bool,
+    amax: Tensor | None,
+    counts: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    policy = parse_quant(quant)
+    hp = input.detach().contiguous()
+    if not fixed:
+        scale = _delayed_scale(hp, policy, scale, amax) if policy.scaling.method == "delayed" else None
+    qdata, used = numerics.quantize(hp, policy, scale=scale, seed=seed)
+    if counts is not None:
+        _count(hp, policy, used, counts)
+    # Operators may not return their own argument.
+    return qdata, used.clone() if fixed else used
+
+
+def _delayed_scale(hp: Tensor, policy: Quant, delayed: Tensor | None, amax: Tensor | None) -> Tensor:
+    current = numerics.amax_per_group(hp, policy.scaling)
+    if amax is not None:
+        amax.copy_(torch.maximum(amax, current))
+    from_amax = numerics.scale_from_amax(current, policy.format, policy.scaling)
+    return from_amax if delayed is None else torch.where(delayed > 0, delayed, from_amax)
+
+
+def sample_stride(numel: int) -> int:
+    """Every how many elements the counters look. Odd: a power of two would pick the same few columns of every row."""
+    return numel // _SAMPLE | 1
+
+
+def _count(hp: Tensor, policy: Quant, scale: Tensor, counts: Tensor) -> None:
+    flat = hp.reshape(-1)
+    if not flat.numel() or scale.numel() != 1:
+        return
+    sample = flat[:: sample_stride(flat.numel())].float()
+    magnitude = sample.abs() * (1.0 / scale.float())
+    fmt = get_format(policy.format)
+    finite = magnitude.isfinite()
+    seen = torch.stack(
+        [
+            torch.full((), sample.numel(), dtype=torch.int64, device=hp.device),
+            ((magnitude > fmt.max) & finite).sum(),
+            ((magnitude > 0) & (magnitude <= fmt.tiny / 2)).sum(),
+            (~finite).sum(),
+        ]
+    )
+    counts.add_(seen)
+
+
+LIBRARY.impl("quantize", default_quantize, "CompositeExplicitAutograd")
+
+
+def _fake_quantize(
+    input: Tensor,
+    quant: str,
+    scale: Tensor | None,
+    fixed: bool,
+    amax: Tensor | None,
+    counts: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    policy = parse_quant(quant)
+    qdata = input.new_empty(input.shape, dtype=storage_dtype(policy.format))
+    if fixed and scale is not None:
+        return qdata, torch.empty_like(scale)
+    scale = numerics.scale_like(input, policy.scaling)
+    return qdata, scale.to(torch.float8_e8m0fnu) if policy.scaling.store == "e8m0" else scale
+
+
+torch.library.register_fake("hf_lowprec::quantize", _fake_quantize)

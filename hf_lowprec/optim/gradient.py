@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight gradients on their way into the optimizer: one low-precision format, and FP8-LM's factor mu.
+
+    s    = 2 ** floor(log2(max / amax))         of the unscaled gradient g; max of E4M3 is 448
+    code = saturate(g * s * mu)                 what a wire or a buffer would hold
+    g'   = code / (s * mu)                      what the optimizer sees
+
+mu trades the two ends of the format (FP8-LM, arXiv 2310.18313, section 2.1): when more than 1e-5 of a tensor's codes
+sit at the format's maximum, mu halves for the next step, otherwise it grows by 2 ** (1/1000), doubling in 1000 steps.
+It is kept as an integer k, mu = 2 ** (k / 1000), so that 1000 clean steps are exactly a factor of 2, on every machine.
+
+What the paper leaves open is settled here. The largest element sits at the maximum by right, so one such code per
+tensor is no saturation. On one process nothing is summed, mu > 1 could only saturate, and mu stays in [2**-16, 1];
+with several ranks it stays in [2**-16, 2**16]. A gradient that is zero or not finite teaches nothing and leaves mu
+alone. Elements that are not finite become NaN, which an optimizer of ours answers by skipping the step.
+
+`attach` puts this in front of any optimizer's `step`: `p.grad` is swapped for g' before and put back after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_lowprec import ops
+from hf_lowprec.formats import get_format
+from hf_lowprec.numerics import ScaledTensor, amax_per_group, dequantize, scale_from_amax
+from hf_lowprec.optim.states import matrix, stream_seed
+from hf_lowprec.recipe import Communication, Quant
+
+_REACH = 16  # mu stays within 2 ** -16 and, with several ranks, 2 ** 16
+_STATE = ("k", "saturated", "count")
+
+
+class GradientQuantizer:
+    """Quantises the gradients of `n` parameters as `communication` says, with one mu each.
+
+    world_size: ranks that share the gradients; None asks torch.distributed at each call.
+
+    State, all of it on the device of the gradients, [n] each: `k` int32, mu = 2 ** (k / growth); `saturated` int64,
+    codes at the maximum beyond one per tensor, summed over all steps; `count` int64, gradients quantised.
+
+    Raises ValueError: a delayed scaling (a gradient is scaled by its own amax).
+    """
+
+    def __init__(self, communication: Communication, n: int, *, world_size: int | None = None) -> None:
+        if communication.gradient.scaling.method == "delayed":
+            raise ValueError("communication.gradient: delayed scaling is for GEMM operands, not for weight gradients")
+        self.communication = communication
+        self.world_size = world_size
+        self.k = torch.zeros(n, dtype=torch.int32)
+        self.saturated = torch.zeros(n, dtype=torch.int64)
+        self.count = torch.zeros(n, dtype=torch.int64)
+        fmt = get_format(communication.gradient.format)
+        self._extremes = {fmt.encode(value) for value in (fmt.max, fmt.min) if value}
+
+    @property
+    def mu(self) -> Tensor:
+        """[n] float32, the factors of the next step; all 1 without `auto_scale`."""
+        return self._mu(self.k)
+
+    def _mu(self, k: Tensor) -> Tensor:
+        return torch.exp2(k.clamp(max=self._upper()).double() / self.communication.growth).float()
+
+    @torch.no_grad()
+    def quantize(self, index: int, grad: Tensor) -> Tensor:
+        """g' for the gradient of parameter number `index`, in its dtype and shape; advances that mu. Never waits.
+
+        Raises RuntimeError: a sparse gradient.
+        """
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{grad.layout} gradient cannot be quantised; build the embedding with sparse=False")
+        self._to(grad.device)
+        quant = self.communication.gradient
+        hp = matrix(grad.float())
+        seed = stream_seed(quant.rounding, index, "grad", self.count[index])
+        scale = _current_scale(hp, quant) / self._mu(self.k[index])
+        scaled = ScaledTensor(*ops.quantize(hp, ops.quant_key(quant), scale, fixed=True, seed=seed))
+        finite = hp.isfinite()
+        self.observe(index, self._at_extremes(scaled), hp.numel(), finite.all() & hp.any())
+        value = dequantize(scaled, quant, torch.float32)
+        return torch.where(finite, value, torch.nan).reshape(grad.shape).to(grad.dtype)
+
+    def observe(self, index: int, extremes: Tensor, numel: int, valid: Tensor | bool = True) -> None:
+        """One step of mu's state machine for parameter `index`, of whose `numel` codes `extremes` sit at the maximum.
+
+        extremes: int64 0-d. valid: bool or 0-d bool; False (zero or non-finite gradient) leaves mu where it is.
+        """
+        policy = self.communication
+        saturated = (extremes - 1).clamp(min=0)
+        k = self.k[index]
+        if policy.auto_scale:
+            moved = torch.where(saturated > policy.saturation * numel, k - policy.growth, k + 1)
+            moved = moved.clamp(-_REACH * policy.growth, self._upper()).to(k.dtype)
+            k.copy_(torch.where(torch.as_tensor(valid, device=k.device), moved, k))
+        self.saturated[index] += saturated
+        self.count[index] += 1
+
+    def _at_extremes(self, scaled: ScaledTensor) -> Tensor:
+        codes = scaled.qdata
+        codes = codes.view(torch.uint8) if codes.dtype.itemsize == 1 else codes.view(torch.int16).int() & 0xFFFF
+        at = torch.zeros_like(codes, dtype=torch.bool)
+        for code in self._extremes:
+            at |= codes == code
+        return at.sum()
+
+    def _upper(self) -> int:
+        ranks = self.world_size
+        if ranks is None:
+            ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return _REACH * self.communication.growth if ranks > 1 else 0
+
+    def _to(self, device: torch.device) -> None:
+        if self.k.device != device:
+            for name in _STATE:
+                setattr(self, name, getattr(self, name).to(device))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name).clone() for name in _STATE}
+
+    def check(self, state_dict: Any) -> None:
+        """Raises ValueError: missing keys, wrong shape or dtype, mu or counters out of their range."""
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"gradient quantizer: the state is a {type(state_dict).__name__}, not a dict")
+        for name in _STATE:
+            value, own = state_dict.get(name), getattr(self, name)
+            if not isinstance(value, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
+                what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"gradient quantizer: {name} should be {own.dtype} {tuple(own.shape)}, got {what}")
+        limit = _REACH * self.communication.growth
+        if not bool((state_dict["k"].abs() <= limit).all()):
+            raise ValueError(f"gradient quantizer: k beyond +-{limit}; the file is corrupt, or of another growth")
+        if not all(bool((state_dict[name] >= 0).all()) for name in ("saturated", "count")):
+            raise ValueError("gradient quantizer: negative counters; the file is corrupt")
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Raises what `check` raises, before anything changed."""
+        self.check(state_dict)
+        for name in _STATE:
+            own = getattr(self, name)
+            setattr(self, name, state_dict[name].to(own.device, copy=True))
+
+
+def _current_scale(hp: Tensor, quant: Quant) -> Tensor:
+    scaling = quant.scaling
+    if scaling.method in ("none", "static"):
+        return torch.full((), 2.0**scaling.exponent, device=hp.device)
+    scale = scale_from_amax(amax_per_group(hp, scaling, -1), get_format(quant.format), scaling)
+    return scale.float()  # over mu it is no power of two any more, so e8m0 cannot hold it
+
+
+class GradientSwap:
+    """Shows an optimizer quantised gradients during its step; afterwards `p.grad` is the caller's own tensor again.
+
+    index: the parameters whose gradients are quantised, and their numbers in `quantizer`. Others pass untouched, so
+    the hooks fit one optimizer (`attach`) as well as torch's global ones (`register_optimizer_step_pre_hook`).
+
+    A closure computes gradients inside the step: they are swapped when it returns. Both gradients of a parameter exist
+    during the step; it is the price of handing back what was there.
+    """
+
+    def __init__(self, quantizer: GradientQuantizer, index: Mapping[Tensor, int]) -> None:
+        self.quantizer = quantizer
+        self.index = dict(index)
+        self._swapped: dict[Tensor, tuple[Tensor, Tensor]] = {}  # parameter -> its own gradient, the quantised one
+
+    def attach(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Hooks itself around `optimizer.step`; returns the function that unhooks it."""
+        handles = (
+            optimizer.register_step_pre_hook(self.pre_step),
+            optimizer.register_step_post_hook(self.post_step),
+        )
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
+
+    def pre_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.restore()  # a step that raised never reached post_step
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._swap(optimizer)
+            return None
+
+        def quantising_closure() -> Any:
+            self.restore()
+            loss = closure()
+            self._swap(optimizer)
+            return loss
+
+        return (args[0],), {**kwargs, "closure": quantising_closure}
+
+    def post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.restore()
+
+    def _swap(self, optimizer: Optimizer) -> None:
+        for param in (p for group in optimizer.param_groups for p in group["params"]):
+            if param.grad is not None and param in self.index:
+                own = param.grad
+                param.grad = self.quantizer.quantize(self.index[param], own)
+                self._swapped[param] = (own, param.grad)
+
+    def restore(self) -> None:
+        """Puts the caller's gradients back, except where somebody has replaced ours meanwhile."""
+        for param, (own, quantised) in self._swapped.items():
+            if param.grad is quantised:
+                param.grad = own
+        self._swapped.clear()

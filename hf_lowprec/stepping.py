@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens around `optimizer.step()`, for any optimizer: two global hooks and two state-dict hooks.
+
+    before: weight gradients pass through the recipe's communication format (`p.grad` is swapped, and restored after)
+    after:  amax histories roll, new scales, cached low-precision weights are dropped
+
+torch's global optimizer hooks fire for optimizers that a script built itself and for those that we never saw.
+The amax histories, mu, counters and the recipe ride in `optimizer.state_dict()["hf_lowprec"]`, so an unmodified
+Trainer or `Accelerator.save_state` saves and resumes them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from hf_lowprec import optim
+from hf_lowprec.formats import get_format
+from hf_lowprec.optim.states import layout, resolve_states
+from hf_lowprec.recipe import States
+from hf_lowprec.session import Session, live_sessions, session_of
+
+STATE_KEY = "hf_lowprec"
+_CARRIED = "_hf_lowprec_sessions"  # on an optimizer: the sessions whose state its state dict carries
+_installed = False
+
+
+class _Followed(NamedTuple):
+    """A session whose Parameters an optimizer steps, and the gradient swap that goes with it."""
+
+    session: weakref.ref[Session]
+    swap: optim.GradientSwap | None
+
+
+# Asking again at every step would walk all Parameters.
+_FOLLOWED: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, ...], list[_Followed]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+# One per session: an optimizer whose step raised leaves its swap to be undone by the next one.
+_SWAPS: weakref.WeakKeyDictionary[Session, optim.GradientSwap] = weakref.WeakKeyDictionary()
+
+
+def install_hooks() -> None:
+    """Register the two step hooks, once per process."""
+    global _installed
+    if not _installed:
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
+        _installed = True
+
+
+def attach_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: str | None = None
+) -> torch.optim.Optimizer:
+    """Make `optimizer` follow the model's recipe, and its state dict carry the recipe's state. Idempotent.
+
+    Adam and AdamW are replaced by `hf_lowprec.optim.AdamW` over the same param groups when the recipe names optimizer
+    states; any other optimizer is kept, and the report says so.
+
+    keep: a reason not to replace the optimizer, e.g. that its Parameters are shards (which need not be the model's).
+
+    keep: why this optimizer must not be replaced (an engine that shards Parameters, and so may hold others).
+
+    Raises:
+        ValueError: the model is not converted, or the optimizer holds none of its Parameters.
+    """
+    session = session_of(model)
+    if session is None:
+        raise ValueError("convert the model before attaching an optimizer to it")
+    if keep is None and not session.owns(optimizer):
+        raise ValueError(
+            "the optimizer holds none of the model's parameters: build it from the parameters of the model that is "
+            "prepared, after any step that replaces them (PEFT, resize_token_embeddings, from_pretrained)"
+        )
+    states = session.recipe.states
+    if keep is not None or isinstance(optimizer, optim.AdamW) or states is None:
+        why = keep or ("as asked" if states is None else "already low precision")
+        session.report.optimizer = f"optimizer {type(optimizer).__name__} kept ({why})"
+    elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        optimizer = optim.AdamW.adopt(optimizer, states)
+        session.report.optimizer = f"optimizer {type(optimizer).__name__} with {_describe(states, session.root)}"
+    else:
+        session.report.optimizer = (
+            f"optimizer {type(optimizer).__name__} kept (only Adam and AdamW have low-precision states)"
+        )
+    session.report.bytes_per_parameter = _bytes_per_parameter(session, optimizer)
+    session.scaling.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    carry_state(session, optimizer)
+    return optimizer
+
+
+def carry_state(session: Session, optimizer: torch.optim.Optimizer) -> None:
+    """Make `optimizer.state_dict()` carry the session's state, beside that of other models it updates. Idempotent."""
+    has_hooks = _CARRIED in optimizer.__dict__
+    sessions = [s for s in optimizer.__dict__.get(_CARRIED, ()) if s.live and s is not session]
+    optimizer.__dict__[_CARRIED] = [*sessions, session]
+    if has_hooks:
+        return
+    pending: list[tuple[Session, Any]] = []
+
+    def save(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        states = [s.state_dict() for s in _carried(optimizer)]
+        if states:
+            state_dict[STATE_KEY] = states[0] if len(states) == 1 else {"models": states}
+
+    # Checked before torch touches its own states and loaded after them, so that a refusal changes nothing.
+    def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        pending.clear()
+        if STATE_KEY not in state_dict:
+            return
+        saved, sessions = state_dict[STATE_KEY], _carried(optimizer)
+        states = saved["models"] if isinstance(saved, dict) and "models" in saved else [saved]
+        if len(states) != len(sessions):
+            raise ValueError(f"low-precision state of {len(states)} models; this optimizer updates {len(sessions)}")
+        for session, state in zip(sessions, states, strict=True):
+            session.check(state)
+        pending.extend(zip(sessions, states, strict=True))
+
+    def load(_: torch.optim.Optimizer) -> None:
+        while pending:
+            session, state = pending.pop()
+            session.load_state_dict(state)
+
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(check)
+    optimizer.register_load_state_dict_post_hook(load)
+
+
+def _carried(optimizer: torch.optim.Optimizer) -> list[Session]:
+    return [session for session in optimizer.__dict__.get(_CARRIED, ()) if session.live]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    for followed in _followed(optimizer):
+        if followed.swap is not None:
+            args, kwargs = followed.swap.pre_step(optimizer, args, kwargs) or (args, kwargs)
+    return args, kwargs
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for followed in _followed(optimizer):
+        if followed.swap is not None:
+            followed.swap.post_step(optimizer, args, kwargs)
+        session = followed.session()
+        if session is not None:
+            session.scaling.roll()
+
+
+def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:
+    sessions = live_sessions()
+    if not sessions:
+        return []
+    key = (sum(len(group["params"]) for group in optimizer.param_groups), *(s.number for s in sessions))
+    known = _FOLLOWED.get(optimizer)
+    if known is None or known[0] != key:
+        attached = _carried(optimizer)
+        mine = [s for s in sessions if s in attached or s.owns(optimizer)]
+        known = (key, [_Followed(weakref.ref(s), _swap(s)) for s in mine])
+        _FOLLOWED[optimizer] = known
+    return known[1]
+
+
+def _swap(session: Session) -> optim.GradientSwap | None:
+    if session.gradients is None:
+        return None
+    index = {w: i for i, w in enumerate(session.weights().values())}
+    swap = _SWAPS.setdefault(session, optim.GradientSwap(session.gradients, index))
+    swap.index = index
+    return swap
+
+
+# --- what the report says -------------------------------------------------------------------------------------------
+
+
+def _describe(states: States, model: nn.Module) -> str:
+    slots = {"exp_avg": states.exp_avg, "exp_avg_sq": states.exp_avg_sq}
+    if any(p.element_size() == 2 and p.requires_grad for p in model.parameters()):
+        slots["master"] = states.master  # a float32 Parameter is its own master
+    return ", ".join(f"{name} {quant.format}" for name, quant in slots.items() if quant) or "float32 states"
+
+
+def _bytes_per_parameter(session: Session, optimizer: torch.optim.Optimizer) -> float:
+    """Weights, gradients and optimizer states of what trains; frozen Parameters count as weights."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    total = count = 0.0
+    for parameter in session.root.parameters():
+        size = float(parameter.element_size())
+        if id(parameter) in groups:
+            size += size + _state_bytes(parameter, optimizer, groups[id(parameter)])
+        count += parameter.numel()
+        total += parameter.numel() * size
+    return total / max(1.0, count)
+
+
+def _state_bytes(parameter: torch.Tensor, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    """Per element: Adam's two moments, and the master of a 16-bit Parameter; momentum of SGD."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return float(parameter.element_size()) if group["momentum"] else 0.0
+    if not isinstance(optimizer, optim.AdamW):
+        return 2.0 * parameter.element_size()
+    slots = layout(resolve_states(group["states"]), parameter).values()
+    return sum(4.0 if quant is None else get_format(quant.format).bits / 8 for quant in slots)

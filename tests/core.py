@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models, and a linear layer in low precision written a second time, from the recipe's slots and `numerics`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowprec.formats import get_format
+from hf_lowprec.modules.linear import LowPrecMixin
+from hf_lowprec.recipe import PRESETS, Quant, Recipe
+
+QUANTISING = [name for name, recipe in PRESETS.items() if recipe.quantises_gemms]
+VOCAB = 32
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Two linears with a nonlinearity, and a norm that stays in high precision."""
+
+    def __init__(self, width: int = 32, hidden: int = 48, bias: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+def mlp(seed: int = 0, **kwargs: Any) -> MLP:
+    torch.manual_seed(seed)
+    return MLP(**kwargs)
+
+
+def batch(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def llama(seed: int = 0, **changes: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config: dict[str, Any] = dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
+        pad_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
+
+
+def token_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def converted_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, LowPrecMixin)]
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, micro_batches: int = 1) -> Tensor:
+    """One step on a quadratic loss; the loss of the last micro-batch."""
+    optimizer.zero_grad()
+    for part in x.chunk(micro_batches):
+        loss = model(part).float().square().mean()
+        loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def bits_of(tensors: dict[str, Any]) -> dict[str, Any]:
+    """A nested dict of tensors as one flat dict of copies, comparable with `same_bits`."""
+    out: dict[str, Any] = {}
+    for key, value in tensors.items():
+        if isinstance(value, dict):
+            out.update({f"{key}.{inner}": v for inner, v in bits_of(value).items()})
+        else:
+            out[str(key)] = value.detach().clone() if isinstance(value, Tensor) else value
+    return out
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bits: -0 differs from 0, and NaN equals the same NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    a, b = bits_of(a), bits_of(b)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        equal = same_bits(value, b[key]) if isinstance(value, Tensor) else value == b[key]
+        assert equal, f"{key}: {value} != {b[key]}"
+
+
+# --- the reference --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ReferenceLinear:
+    """Forward and both gradients of one layer, step after step, for recipes whose slots scale per tensor.
+
+    Delayed scaling as TransformerEngine does it: the first use scales by the tensor itself; at the end of a step the
+    amax of the step enters the history, and the largest of it gives the next scale.
+    """
+
+    recipe: Recipe
+    scale: dict[str, Tensor] = field(default_factory=dict)
+    history: dict[str, list[float]] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
+
+    def quantised(self, role: str, quant: Quant | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values of Q(x) in float32."""
+        if quant is None:
+            return x.to(dtype).float()
+        scaling = quant.scaling
+        amax = x.float().abs().max() if x.numel() else torch.zeros(())
+        if scaling.method == "static":
+            scale = torch.tensor(2.0**scaling.exponent)
+        elif scaling.method == "delayed" and role in self.scale:
+            scale = self.scale[role]
+        else:
+            scale = self.scale_of(float(amax), quant)
+        if scaling.method == "delayed":
+            self.seen[role] = max(self.seen.get(role, 0.0), float(amax))
+        fmt = get_format(quant.format)
+        codes = (x.float() * (1.0 / scale)).clamp(-fmt.max, fmt.max).to(getattr(torch, fmt.torch_dtype_name))
+        return codes.float() * scale
+
+    @staticmethod
+    def scale_of(amax: float, quant: Quant) -> Tensor:
+        if amax == 0:
+            return torch.tensor(1.0)
+        largest = get_format(quant.format).max
+        if quant.scaling.snap == "exact":
+            return torch.tensor(amax) / torch.tensor(largest)
+        exponent = -140
+        while largest * 2.0**exponent < amax:  # the least power of two that keeps amax within the format
+            exponent += 1
+        return torch.tensor(2.0**exponent)
+
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(output, grad_input, grad_weight, grad_bias) in float32, not yet rounded; `dtype` is the base precision."""
+        r = self.recipe
+        rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        q_input = self.quantised("input", r.fprop.input, rows, dtype)
+        out = q_input @ self.quantised("weight", r.fprop.weight, weight, dtype).t()
+        if bias is not None:
+            out = out + bias.float()
+        gd = self.quantised("grad_output", r.dgrad.grad_output, g, dtype)
+        grad_input = gd @ self.quantised("weight", r.dgrad.weight, weight, dtype)
+        gw = self.quantised("grad_output", r.wgrad.grad_output, g, dtype)
+        grad_weight = gw.t() @ self.quantised("input", r.wgrad.input, rows, dtype)
+        return out.reshape(*x.shape[:-1], len(weight)), grad_input.reshape(x.shape), grad_weight, g.float().sum(0)
+
+    def end_step(self) -> None:
+        policies = {"input": self.recipe.fprop.input, "weight": self.recipe.fprop.weight,
+                    "grad_output": self.recipe.dgrad.grad_output}  # fmt: skip
+        for role, amax in self.seen.items():
+            quant = policies[role]
+            assert quant is not None
+            if amax > 0:
+                history = [amax, *self.history.get(role, [])][: quant.scaling.history]
+                self.history[role] = history
+                self.scale[role] = self.scale_of(max(history), quant)
+        self.seen = {}
+
+
+def close_in(actual: Tensor, expected: Tensor, ulps: float = 1.0) -> None:
+    """`actual` is `expected` (float32) rounded to its dtype, but for the order of a float32 sum.
+
+    Tolerance: `ulps` units in the last place of actual's dtype, of each element, plus 2^-20 of the largest.
+    """
+    assert actual.shape == expected.shape
+    eps = torch.finfo(actual.dtype).eps
+    magnitude = expected.float().abs()
+    bound = ulps * eps * magnitude + 2.0**-20 * (magnitude.max() if magnitude.numel() else 0.0)
+    error = (actual.float() - expected.float()).abs()
+    assert bool((error <= bound).all()), f"off by {(error - bound).max()} at most {bound.max()}"

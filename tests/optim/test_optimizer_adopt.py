@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW.adopt: the user's optimizer goes on under new management; its schedulers and hooks notice nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from hf_lowprec.optim import Adam, AdamW
+
+
+def built(cls=torch.optim.AdamW, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4).to(dtype)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
+    return model, cls(groups, **{"lr": 1e-2, "weight_decay": 0.1, **options})
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)).to(model.weight.dtype)
+    model.zero_grad()
+    (model(x) - x[:, :4]).square().mean().backward()
+
+
+SCHEDULERS = {
+    "lambda": lambda o: LambdaLR(o, lambda step: 0.5**step),
+    "onecycle": lambda o: OneCycleLR(o, max_lr=0.1, total_steps=20),  # moves betas, too
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+@pytest.mark.parametrize("repoint", [False, True])
+def test_schedulers_built_before_go_on_driving(make, repoint):
+    model, old = built()
+    scheduler = make(old)
+    reference_model, reference = built(foreach=False)
+    reference_scheduler = make(reference)
+    new = AdamW.adopt(old, "fp32")
+    assert new.param_groups is old.param_groups
+    if repoint:  # what an integration does when it sees the scheduler
+        scheduler.optimizer = new
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no "step overridden", no "scheduler before optimizer"
+        for seed in range(5):
+            new.load_state_dict(new.state_dict())  # AcceleratedOptimizer does; the groups must survive it
+            for m, o, s in ((model, new, scheduler), (reference_model, reference, reference_scheduler)):
+                backward(m, seed)
+                o.step()
+                s.step()
+    assert new.param_groups[0]["lr"] == reference.param_groups[0]["lr"] != 1e-2
+    assert new.param_groups[0]["betas"] == reference.param_groups[0]["betas"]
+    assert torch.equal(model.weight, reference_model.weight) and torch.equal(model.bias, reference_model.bias)
+
+
+@pytest.mark.parametrize("on", ["new", "old"])
+def test_schedulers_built_after_adoption_work_too(on):
+    model, old = built()  # Trainer prepares the optimizer first
+    new = AdamW.adopt(old, "fp8-lm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = LambdaLR({"new": new, "old": old}[on], lambda step: 0.5**step)
+        for seed in range(3):
+            backward(model, seed)
+            new.step()
+            scheduler.step()
+    assert new.param_groups[0]["lr"] == pytest.approx(1e-2 / 8) and new.state[model.weight]["step"] == 3
+
+
+@pytest.mark.parametrize("theirs, ours", [(torch.optim.AdamW, AdamW), (torch.optim.Adam, Adam)])
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_stepped_optimizer_is_carried_over(theirs, ours, fused):
+    model, old = built(theirs, fused=fused)
+    twin, twin_optimizer = built(theirs, foreach=False)
+    for seed in range(3):
+        for m, o in ((model, old), (twin, twin_optimizer)):
+            backward(m, seed)
+            o.step()
+    new = AdamW.adopt(old, "fp8-lm")
+    assert type(new) is ours and not old.state
+    for group in (*new.param_groups, new.defaults):
+        assert not {"fused", "foreach", "capturable", "amsgrad", "differentiable"} & set(group)
+    assert not hasattr(new, "_step_supports_amp_scaling")
+    state, truth = new.state[model.weight], twin_optimizer.state[twin.weight]
+    assert state["exp_avg"].dtype == torch.float8_e4m3fn and state["step"] == 3
+    m, v = (state[k].float() * state[f"{k}_scale"] for k in ("exp_avg", "exp_avg_sq"))
+    torch.testing.assert_close(m, truth["exp_avg"], rtol=1 / 16, atol=state["exp_avg_scale"].item() / 512)
+    torch.testing.assert_close(v, truth["exp_avg_sq"], rtol=1e-3, atol=1e-10)
+    for seed in range(3, 6):
+        for mod, o in ((model, new), (twin, twin_optimizer)):
+            backward(mod, seed)
+            o.step()
+    torch.testing.assert_close(model.weight, twin.weight, rtol=0, atol=5e-3)
+
+
+def test_adam_becomes_adam_with_its_l2_decay():
+    model, old = built(torch.optim.Adam, weight_decay=0.5)
+    twin, twin_optimizer = built(torch.optim.Adam, weight_decay=0.5, foreach=False)
+    new = AdamW.adopt(old, "fp32")
+    assert type(new) is Adam and new.param_groups[0]["decoupled_weight_decay"] is False
+    for seed in range(4):
+        for m, o in ((model, new), (twin, twin_optimizer)):
+            backward(m, seed)
+            o.step()
+    assert torch.equal(model.weight, twin.weight)
+    assert torch.equal(new.state[model.weight]["exp_avg_sq"], twin_optimizer.state[twin.weight]["exp_avg_sq"])
+
+
+def test_a_16_bit_parameter_gets_its_master():
+    model, old = built(dtype=torch.bfloat16)
+    backward(model, 0)
+    old.step()
+    weight = model.weight.detach().clone()
+    new = AdamW.adopt(old, "fp8-lm")
+    state = new.state[model.weight]
+    assert torch.equal(model.weight, weight)
+    assert torch.equal((state["master"].float() * state["master_scale"]).bfloat16(), weight)
+
+
+def test_the_old_step_still_steps_once_and_with_the_same_hooks():
+    model, old = built()
+    calls = []
+    old.register_step_pre_hook(lambda *_: calls.append("pre"))
+    old.register_step_post_hook(lambda *_: calls.append("post"))
+    new = AdamW.adopt(old, "fp8-lm")
+    backward(model, 0)
+    old.step()
+    new.step()
+    assert calls == ["pre", "post"] * 2 and new.state[model.weight]["step"] == 2 and not old.state
+
+
+def test_an_adopted_optimizer_copies_and_takes_new_groups():
+    model, old = built()
+    new = AdamW.adopt(old, "fp8-lm")
+    backward(model, 0)
+    new.step()
+    twin_model, twin = copy.deepcopy((model, new))
+    backward(model, 1)
+    backward(twin_model, 1)
+    new.step()
+    twin.step()
+    assert torch.equal(model.weight, twin_model.weight)
+    new.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert new.param_groups[-1]["states"] == "fp8-lm" and len(old.param_groups) == 3
+
+
+class Custom(torch.optim.AdamW):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), "not a SGD"),
+        (lambda p: Custom(p), "not a Custom"),
+        (lambda p: AdamW(p), "not a AdamW"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad=True"),
+        (lambda p: torch.optim.AdamW(p, differentiable=True), "differentiable=True"),
+    ],
+)
+def test_what_cannot_be_adopted_stays_untouched(make, message):
+    optimizer = make([nn.Parameter(torch.ones(2))])
+    before = copy.deepcopy(optimizer.param_groups[0])
+    with pytest.raises(TypeError, match=message):
+        AdamW.adopt(optimizer, "fp8-lm")
+    assert optimizer.param_groups[0].keys() == before.keys()
+
+
+def test_accelerated_scheduler_and_optimizer():
+    accelerate = pytest.importorskip("accelerate")
+    model, old = built()
+    scheduler = LambdaLR(old, lambda step: 0.5**step)
+    new = AdamW.adopt(old, "fp8-lm")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, new, scheduler = accelerator.prepare(model, new, scheduler)
+    for seed in range(3):
+        backward(model, seed)
+        new.step()
+        scheduler.step()
+    assert new.param_groups[0]["lr"] == pytest.approx(1e-2 / 8)
