@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every figure of the documentation, from the committed JSON in benchmarks/results and from nothing else.
+
+    python benchmarks/plot.py               all figures whose results exist, into docs/img (SVG and PNG)
+    python benchmarks/plot.py loss_parity   one of them
+
+A new figure is a function from results to a matplotlib figure and a line in FIGURES. Colours: bf16 is grey, every
+format family has one hue, in the same order everywhere; members of a family differ in lightness. Backgrounds are
+transparent and ink is mid-grey, so that figures read on light and dark pages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from environment import REPOSITORY
+from harness import BASELINE, RESULTS
+from matplotlib.figure import Figure
+from verdict import TOLERANCE
+
+IMAGES = REPOSITORY / "docs" / "img"
+INK = "#7d8590"
+LARGEST = 200_000  # bytes of a PNG, so that the README stays light
+STYLE = {
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "font.size": 10,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False,
+    "legend.labelcolor": INK, "svg.fonttype": "path", "svg.hashsalt": "hf_lowprec",
+}  # fmt: skip
+
+# Family: (what its recipes' names start with, shades in the order in which members are first drawn).
+FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bf16": (("bf16",), ("#8c8c8c", "#b4b4b4")),
+    "fp16": (("fp16",), ("#a0785a",)),
+    "fp8": (("fp8", "te-", "hfp8"), ("#1f77d0", "#7db8f2", "#14508c", "#4fa3b8", "#a9c9e8")),
+    "mx": (("mx",), ("#c03a7f", "#de7fb0")),
+    "int8": (("switchback",), ("#e08a1e", "#f0b666")),
+    "ternary": (("bitnet",), ("#2a9d5c", "#74c79a")),
+    "peers": (("torchao",), ("#d0553c",)),
+}
+_drawn: dict[str, dict[str, str]] = {}  # family -> recipe -> shade
+
+
+def colour(recipe: str) -> str:
+    for family, (prefixes, shades) in FAMILIES.items():
+        if recipe.startswith(prefixes):
+            taken = _drawn.setdefault(family, {})
+            return taken.setdefault(recipe, shades[len(taken) % len(shades)])
+    raise SystemExit(f"no colour for {recipe!r}: add its format family to FAMILIES in plot.py")
+
+
+def conditions(environment: dict[str, Any]) -> str:
+    """GPU and versions under a figure."""
+    libraries = environment["libraries"]
+    where = environment["gpu"] or f"{environment['cpu']} (CPU, emulated)"
+    commit = f", commit {environment['commit'][:9]}" if environment.get("commit") else ""
+    return f"{where}, torch {libraries['torch']}, transformers {libraries['transformers']}{commit}"
+
+
+# --- loss parity ---------------------------------------------------------------------------------------------------
+
+
+def loss_parity(data: dict[str, Any]) -> Figure:
+    """Training loss over tokens, seeds as bands; below, the validation gap to bf16 beside what a seed changes."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for case in data["cases"]:
+        runs.setdefault(case["recipe"], []).append(case)
+    study = data["cases"][0]["study"]
+    scale = study["batch"] * study["seq"] / 1e6  # steps to M tokens
+
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
+    top, low = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1.15))
+    for recipe, cases in runs.items():
+        steps, losses = stacked(cases, "train_curve")
+        label = f"{recipe} ({len(cases)} seed{'s' * (len(cases) != 1)})"
+        top.plot(steps * scale, losses.mean(0), color=colour(recipe), lw=1.4, label=label,
+                 zorder=1 if recipe == BASELINE else 2)  # fmt: skip
+        top.fill_between(steps * scale, losses.min(0), losses.max(0), color=colour(recipe), alpha=0.25, lw=0)
+    top.set_ylabel("training loss")
+    top.set_ylim(*zoom(top))
+    top.legend(loc="upper right")
+    draw_gaps(low, runs, data["summary"], scale)
+    low.set_xlabel(f"training tokens (millions)\n{caption(data)}")
+    return figure
+
+
+def draw_gaps(axes: Any, runs: dict[str, list[dict[str, Any]]], summary: dict[str, Any], scale: float) -> None:
+    """Paired relative gap of the validation loss in %, the final one with its standard error."""
+    base = {case["seed"]: case for case in runs[BASELINE]}
+    steps, losses = stacked(list(base.values()), "valid_curve", final=True)
+    around = 100 * (losses / losses.mean(0) - 1)
+    axes.fill_between(steps * scale, around.min(0), around.max(0), color=colour(BASELINE), alpha=0.3, lw=0,
+                      label="bf16, seed to seed")  # fmt: skip
+    axes.axhline(0, color=INK, lw=0.8)
+    for sign in (-1, 1):
+        axes.axhline(sign * 100 * TOLERANCE, color=INK, lw=0.8, ls=(0, (4, 4)))
+    for recipe, cases in runs.items():
+        pairs = [case for case in cases if case["seed"] in base]
+        if recipe == BASELINE or not pairs:
+            continue
+        steps, losses = stacked(pairs, "valid_curve", final=True)
+        _, reference = stacked([base[case["seed"]] for case in pairs], "valid_curve", final=True)
+        gaps = 100 * (losses / reference - 1).mean(0)
+        numbers = summary[recipe]
+        error = numbers.get("standard_error")
+        label = f"{recipe} {100 * numbers['mean_gap']:+.2f} %" + ("" if error is None else f" ± {100 * error:.2f} %")
+        axes.plot(steps * scale, gaps, color=colour(recipe), lw=1.4, label=label)
+        axes.errorbar(steps[-1] * scale, gaps[-1], yerr=100 * (error or 0), color=colour(recipe), fmt="o", ms=4,
+                      capsize=3)  # fmt: skip
+    axes.set_ylabel("validation gap (%)")
+    axes.legend(loc="upper right", fontsize=8, ncols=2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -200 * TOLERANCE), max(high * 1.5, 300 * TOLERANCE))
+
+
+def stacked(cases: list[dict[str, Any]], curve: str, final: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and losses [case, step] over the steps that all cases have."""
+    length = min(len(case[curve]) for case in cases)
+    steps = [point[0] for point in cases[0][curve][:length]]
+    losses = [[point[1] for point in case[curve][:length]] for case in cases]
+    if final:
+        steps.append(cases[0]["study"]["steps"])
+        losses = [[*row, case["valid_loss"]] for row, case in zip(losses, cases, strict=True)]
+    return np.array(steps, float), np.array(losses, float)
+
+
+def zoom(axes: Any) -> tuple[float, float]:
+    """y-limits that leave out the first steps, where the loss falls from ln(vocab)."""
+    drawn = [np.asarray(line.get_ydata(), float) for line in axes.get_lines()]
+    rest = np.concatenate([y[len(y) // 20 :] for y in drawn])
+    low, high = np.nanmin(rest), np.nanmax(rest)
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def caption(data: dict[str, Any]) -> str:
+    case = data["cases"][0]
+    model = f"Llama, {case['parameters'] / 1e6:.0f} M parameters"
+    text = f"gap at the end over {case['valid_tokens'] / 1e6:.2f} M held-out tokens; dashed: ±{100 * TOLERANCE:g} %"
+    return f"{model}; {text}\n{conditions(case['environment'])}"
+
+
+# --- step time and memory ------------------------------------------------------------------------------------------
+
+
+def step(data: dict[str, Any]) -> Figure:
+    """Step time and peak memory as shares of bf16's, of every case that ran, the losing ones included."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in data["cases"]:
+        if case["status"] == "ok" and "ratio" in case and case["recipe"] != BASELINE:
+            groups.setdefault((case["model_name"], case["batch"]), []).append(case)
+    figure = Figure(figsize=(9.0, 0.9 + 0.26 * sum(len(g) + 1 for g in groups.values())), layout="constrained")
+    for axes, field, title in zip(
+        figure.subplots(1, 2, sharey=True), ("ratio", "peak_ratio"), ("step time / bf16", "peak memory / bf16"),
+        strict=True,
+    ):  # fmt: skip
+        position, ticks = 0.0, []
+        for (model, batch), cases in groups.items():
+            for case in cases:
+                value = case.get(field)
+                ticks.append((position, f"{model} {batch}  {case['recipe']}"))
+                if value is not None:
+                    axes.barh(position, value, color=colour(case["recipe"]), height=0.8)
+                    axes.text(value, position, f" {value:.2f}", va="center", fontsize=8)
+                position += 1
+            position += 0.7
+        axes.axvline(1, color=colour(BASELINE), lw=1.2)
+        axes.set_title(title)
+        axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+        axes.margins(x=0.12)
+    axes.invert_yaxis()
+    first = next(iter(groups.values()))[0]
+    figure.supxlabel(conditions(first["environment"]) + "; eager, through Accelerator.prepare", fontsize=8)
+    return figure
+
+
+# name of the figure -> (file in benchmarks/results, function)
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
+    "loss_parity": ("loss_parity.json", loss_parity),
+    "step": ("step.json", step),
+}
+
+
+def draw(name: str, results: Path, images: Path) -> bool:
+    source, function = FIGURES[name]
+    path = results / source
+    if not path.is_file():
+        print(f"{name}: no {source} yet")
+        return False
+    _drawn.clear()
+    images.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure = function(json.loads(path.read_text()))
+        figure.savefig(images / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(images / f"{name}.png", dpi=140, metadata={"Software": None})
+    size = (images / f"{name}.png").stat().st_size
+    if size > LARGEST:
+        raise SystemExit(f"{name}.png has {size} bytes, more than {LARGEST}")
+    print(f"{name}: drawn from {source}")
+    return True
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(FIGURES)
+    if unknown := [name for name in names if name not in FIGURES]:
+        raise SystemExit(f"no figure {', '.join(unknown)}; there are: {', '.join(FIGURES)}")
+    for name in names:
+        draw(name, RESULTS, IMAGES)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
