@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -114,7 +115,8 @@ def main() -> int:
     medians = measure(groups, arguments.rounds)
 
     result: dict[str, object] = {
-        "environment": environment() | {"threads": torch.get_num_threads(), "rounds": arguments.rounds},
+        "environment": environment()
+        | {"threads": torch.get_num_threads(), "rounds": arguments.rounds, "load": os.getloadavg()[0]},
         "elements": N,
     }
     rows: dict[str, dict[str, dict[str, float]]] = {}

@@ -37,6 +37,7 @@ from harness import (
     RESULTS,
     SCRATCH,
     build_llama,
+    file_name,
     finish,
     make_accelerator,
     parse_recipe,
@@ -253,7 +254,7 @@ def run(args: argparse.Namespace) -> int:
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(running) < 2:  # one measures, one imports
             case = waiting.pop(0)
-            target = SCRATCH / f"step-{key(case).replace('/', '-')}.json"
+            target = SCRATCH / f"step-{file_name(key(case))}.json"
             running.append((case, start(__file__, case, target), target))
         time.sleep(0.2)
         for entry in [entry for entry in running if entry[1].poll() is not None]:

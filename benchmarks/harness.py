@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ def parse_recipe(text: str) -> tuple[str, str]:
     if dtype not in ("", "fp32", "bf16"):
         raise SystemExit(f"{text!r}: weights are loaded in fp32 or bf16")
     return name, dtype or "fp32"
+
+
+def file_name(recipe: str) -> str:
+    return re.sub(r"[^\w.-]", "_", recipe)
 
 
 def make_accelerator(recipe: str, device: str = "cuda", **options: Any) -> Any:
@@ -80,6 +85,7 @@ def start(script: str, case: dict[str, Any], target: Path) -> subprocess.Popen:
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     environ.pop("HF_LOWPREC_RECIPE", None)
+    environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # several processes share one memory
     order = json.dumps({"case": case, "target": str(target)})
     return subprocess.Popen([sys.executable, script, "--worker", order], env=environ)
 

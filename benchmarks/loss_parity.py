@@ -3,7 +3,7 @@
 
     python benchmarks/corpus.py --fetch
     python benchmarks/loss_parity.py                                     the study (one GPU)
-    python benchmarks/loss_parity.py --recipes fp8-lm te-current --seeds 1 2 3 4 5
+    python benchmarks/loss_parity.py --recipes fp8-lm my_recipe.yaml --seeds 1 2 3 4 5
     python benchmarks/loss_parity.py --micro --device cpu --recipes      the script itself, in a minute, on a CPU
 
 What is compared: the baseline is fp32 weights, bf16 autocast, fp32 AdamW, through `Accelerator("bf16")` of an
@@ -35,6 +35,7 @@ from harness import (
     RESULTS,
     SCRATCH,
     build_llama,
+    file_name,
     finish,
     make_accelerator,
     parse_recipe,
@@ -185,6 +186,7 @@ def train(recipe: str, seed: int, study: Study, corpus: Path, device: str) -> di
         "train_tokens": study.steps * study.batch * study.seq, "valid_tokens": everything * (study.seq - 1),
         "valid_loss": validate(model, held_out, study, everything), "train_curve": curve, "valid_curve": probes,
         "seconds": round(seconds, 1), "peak_gib": peak_gib(),
+        "embedding_norm": round(embedding_norm(accelerator.unwrap_model(model)), 4),
     }  # fmt: skip
     if name != BASELINE:
         case["conversion"] = conversion(accelerator, model)
@@ -192,6 +194,11 @@ def train(recipe: str, seed: int, study: Study, corpus: Path, device: str) -> di
     if accelerator.device.type == "cuda":
         case["one_step"] = count_kernels(model, text.batch(order[: study.batch]))
     return case
+
+
+def embedding_norm(model: Any) -> float:
+    """Mean norm of the token embeddings: grows if momentum of rarely seen tokens sticks in a coarse format."""
+    return float(model.get_input_embeddings().weight.detach().float().norm(dim=1).mean())
 
 
 def validate_high_precision(accelerator: Any, model: Any, windows: Windows, study: Study, count: int) -> float:
@@ -216,7 +223,8 @@ def conversion(accelerator: Any, model: Any) -> dict[str, Any]:
     if share < SHARE:
         raise SystemExit(f"only {share:.1%} of the layers' GEMM FLOPs are converted, the study asks for {SHARE:.0%}")
     return {
-        "summary": report.summary(), "converted": len(report.converted), "layer_flop_share": round(share, 4),
+        "recipe": report.recipe.to_dict(), "summary": report.summary(),
+        "converted": len(report.converted), "layer_flop_share": round(share, 4),
         "skipped": report.skipped, "kernels": report.kernels, "bytes_per_parameter": report.bytes_per_parameter,
     }  # fmt: skip
 
@@ -263,7 +271,7 @@ def run(args: argparse.Namespace, study: Study) -> int:
     while waiting or running:
         while waiting and len(running) < args.jobs:
             recipe, seed = pair = waiting.pop(0)
-            target = SCRATCH / f"loss_parity-{recipe.replace('@', '_')}-{seed}.json"
+            target = SCRATCH / f"loss_parity-{file_name(recipe)}-{seed}.json"
             case = {"recipe": recipe, "seed": seed, **settings}
             running[pair] = (start(__file__, {**case, "corpus": str(args.corpus)}, target), target)
         time.sleep(0.5)

@@ -49,7 +49,7 @@ _drawn: dict[str, dict[str, str]] = {}  # family -> recipe -> shade
 
 def colour(recipe: str) -> str:
     for family, (prefixes, shades) in FAMILIES.items():
-        if recipe.startswith(prefixes):
+        if recipe.rpartition("/")[2].startswith(prefixes):  # a recipe may be a file
             taken = _drawn.setdefault(family, {})
             return taken.setdefault(recipe, shades[len(taken) % len(shades)])
     raise SystemExit(f"no colour for {recipe!r}: add its format family to FAMILIES in plot.py")

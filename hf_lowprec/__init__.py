@@ -37,7 +37,7 @@ _EXPORTS = {
 }
 _NAMESPACES = ("optim", "numerics", "monitor")
 
-__all__ = [*_EXPORTS, *_NAMESPACES]  # noqa: PLE0604
+__all__ = [*_EXPORTS, *_NAMESPACES]
 
 if TYPE_CHECKING:
     from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, revert

@@ -66,8 +66,6 @@ def attach_optimizer(
 
     keep: a reason not to replace the optimizer, e.g. that its Parameters are shards (which need not be the model's).
 
-    keep: why this optimizer must not be replaced (an engine that shards Parameters, and so may hold others).
-
     Raises:
         ValueError: the model is not converted, or the optimizer holds none of its Parameters.
     """
@@ -170,7 +168,7 @@ def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:
 def _swap(session: Session) -> optim.GradientSwap | None:
     if session.gradients is None:
         return None
-    index = {w: i for i, w in enumerate(session.weights().values())}
+    index: dict[torch.Tensor, int] = {w: i for i, w in enumerate(session.weights().values())}
     swap = _SWAPS.setdefault(session, optim.GradientSwap(session.gradients, index))
     swap.index = index
     return swap

@@ -56,9 +56,7 @@ def test_converted_modules_are_still_linears() -> None:
     model = mlp()
     hf_lowprec.convert(model, "fp8-lm")
     assert type(model.up) is LowPrecLinear and isinstance(model.up, nn.Linear)
-    assert repr(model.up) == (
-        "LowPrecLinear(in_features=32, out_features=48, bias=True, i:e4m3fn,w:e4m3fn,go:e5m2)"
-    )
+    assert repr(model.up) == ("LowPrecLinear(in_features=32, out_features=48, bias=True, i:e4m3fn,w:e4m3fn,go:e5m2)")
     assert type(model.norm) is nn.LayerNorm
 
 
@@ -218,6 +216,10 @@ def test_a_module_used_twice_is_converted_once() -> None:
     assert session_of(model).scaling.history["input"].shape == (1, 16)
 
 
+SIZES: dict[str, Any] = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+GATED: dict[str, Any] = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 1}
+
+
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -227,40 +229,34 @@ def gpt2() -> nn.Module:
 def opt() -> nn.Module:
     from transformers import OPTConfig, OPTForCausalLM
 
-    return OPTForCausalLM(OPTConfig(vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=1,
-                                    num_attention_heads=2, max_position_embeddings=32, word_embed_proj_dim=32))  # fmt: skip
+    config = OPTConfig(**SIZES, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32)
+    return OPTForCausalLM(config)
 
 
 def qwen2() -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-    config = Qwen2Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_labels=16,
-                         num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)  # fmt: skip
-    return Qwen2ForSequenceClassification(config)
+    return Qwen2ForSequenceClassification(Qwen2Config(**GATED, num_labels=16, pad_token_id=0))
 
 
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_labels=16,
-                        num_attention_heads=2, max_position_embeddings=32)  # fmt: skip
+    config = BertConfig(**SIZES, intermediate_size=48, num_labels=16, max_position_embeddings=32)
     return BertForSequenceClassification(config)
 
 
 def mixtral() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                            num_attention_heads=2, num_key_value_heads=1, num_local_experts=4))  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**GATED, num_local_experts=4))
 
 
 def qwen2_moe() -> nn.Module:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-    config = Qwen2MoeConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                            num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
-                            moe_intermediate_size=16, shared_expert_intermediate_size=32)  # fmt: skip
-    return Qwen2MoeForCausalLM(config)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=32)
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**GATED, **experts))
 
 
 ATTENTION = LAYER[:4]
@@ -456,7 +452,9 @@ def test_report_numbers() -> None:
     assert report.emulated is not torch.cuda.is_available()
     line = report.summary()
     assert "\n" not in line
-    assert "recipe fp8-lm: converted 12 of 15 linears" in line and f"{converted / parameters:.1%} of parameters" in line
+    assert (
+        "recipe fp8-lm: converted 12 of 15 linears" in line and f"{converted / parameters:.1%} of parameters" in line
+    )
 
 
 def test_report_counts_the_kernels_that_ran() -> None:

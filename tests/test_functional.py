@@ -96,6 +96,8 @@ def test_gemms_without_slots_stay_in_high_precision(name: str) -> None:
 def test_high_precision_wgrad_saves_its_input_in_the_base_precision(name: str) -> None:
     module = layer(PARTIAL[name])
     check(module, PARTIAL[name], batch(5, 32), batch(5, 48, seed=1), autocast=True)
+    saved = [t.dtype for t in saved_by(module, batch(5, 32)) if t.numel() == 5 * 32]
+    assert saved == [torch.bfloat16], "what F.linear keeps under autocast"
 
 
 @pytest.mark.parametrize("shape", [(32,), (1, 32), (7, 32), (2, 3, 32), (2, 1, 3, 32), (0, 32), (2, 0, 32)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hf_lowprec::quantize on CUDA: fused kernels for per-tensor FP8 and FP16, plain torch on the GPU for everything else."""
+"""hf_lowprec::quantize on CUDA: fused kernels for per-tensor FP8 and FP16, plain torch on the GPU for the rest."""
 
 from __future__ import annotations
 

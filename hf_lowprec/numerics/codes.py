@@ -29,6 +29,7 @@ class Carrier(NamedTuple):
     magnitude: int  # mask of all bits but the sign
 
 
+_TOWARD_ZERO = Rounding(mode="zero")
 F32 = Carrier(torch.float32, torch.int32, 23, 127, 0x7FFFFFFF)
 F64 = Carrier(torch.float64, torch.int64, 52, 1023, 0x7FFFFFFFFFFFFFFF)
 
@@ -129,7 +130,7 @@ def codes_of(values: Tensor, fmt: Format | Codebook) -> Tensor:
     if isinstance(fmt, Codebook):
         table = torch.tensor(fmt.values, dtype=values.dtype, device=values.device)
         return torch.bucketize(values, table, out_int32=True).to(container)
-    codes = count_codes(values, fmt, Rounding(mode="zero"), None)
+    codes = count_codes(values, fmt, _TOWARD_ZERO, None)
     if fmt.has_inf:
         codes.masked_fill_(values.isinf(), fmt.inf_code)
     if fmt.signed:
@@ -159,6 +160,7 @@ def round_to_codebook(x: Tensor, book: Codebook, rounding: Rounding, words: Tens
 _TABLES: dict[tuple[Format | Codebook, torch.device, torch.dtype], Tensor] = {}
 
 
+@torch.compiler.assume_constant_result  # or Dynamo traces 65536 calls of decode
 def value_table(fmt: Format | Codebook, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The value of every code, by the scalar specification."""
     key = (fmt, device, dtype)

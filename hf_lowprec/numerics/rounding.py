@@ -167,7 +167,9 @@ def rounder(
     if isinstance(fmt, Format) and rounding.mode == "nearest" and carrier is F32:
         if _magic_fits(fmt):
             return lambda hp, start, out: _nearest_magic(hp.float(), fmt, overflow, out)
-        if fmt.torch_dtype_name == "bfloat16" and overflow.startswith("saturate"):
+        # Inductor removes a cast to bfloat16 and back, so that compiled code takes the general method.
+        eager = not torch.compiler.is_compiling()
+        if eager and fmt.torch_dtype_name == "bfloat16" and overflow.startswith("saturate"):
             return lambda hp, start, out: _nearest_bf16(hp.float(), fmt, overflow)
     bits = random_bits(rounding, fmt)
 
@@ -188,7 +190,7 @@ def rounder(
 
 def decode_part(fmt: Format | Codebook, device: torch.device, dtype: torch.dtype) -> Part:
     """The function that decodes slices of codes by table."""
-    table = value_table(fmt, device, dtype)
+    table: Tensor = value_table(fmt, device, dtype)
 
     def part(codes: Tensor, start: int, out: Tensor | None) -> Tensor:
         index = codes.to(torch.int32)

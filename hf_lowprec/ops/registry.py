@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-LIBRARY: Any = torch.library.Library("hf_lowprec", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("hf_lowprec", "DEF")
 
 # Incremented inside the implementations, so compiled graphs count too (a CUDA graph's replay does not run Python).
 _COUNTS: Counter[str] = Counter()

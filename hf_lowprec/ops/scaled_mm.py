@@ -44,9 +44,7 @@ def scaled_mm(
     Raises:
         RuntimeError: a GPU without FP8 tensor cores, or a format pair it has no GEMM for, unless `emulate`.
     """
-    out: Tensor = torch.ops.hf_lowprec.scaled_mm(
-        a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate
-    )
+    out: Tensor = torch.ops.hf_lowprec.scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
     return out
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hf_lowprec import ops
@@ -71,8 +72,15 @@ class GradientQuantizer:
     def quantize(self, index: int, grad: Tensor) -> Tensor:
         """g' for the gradient of parameter number `index`, in its dtype and shape; advances that mu. Never waits.
 
+        A sharded gradient (FSDP2's DTensor) is scaled shard by shard: one scale per rank, no communication.
+
         Raises RuntimeError: a sparse gradient.
         """
+        if isinstance(grad, DTensor):
+            return DTensor.from_local(
+                self.quantize(index, grad.to_local()), grad.device_mesh, grad.placements,
+                run_check=False, shape=grad.shape, stride=grad.stride(),
+            )  # fmt: skip
         if grad.layout != torch.strided:
             raise RuntimeError(f"{grad.layout} gradient cannot be quantised; build the embedding with sparse=False")
         self._to(grad.device)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 # core's own error; the fast accumulator keeps about 14 bits; a bfloat16 output adds its rounding (2^-9 / sqrt(3)).
 GEMM_TOLERANCE = {(torch.float32, False): 5e-4, (torch.float32, True): 2e-3, (torch.bfloat16, False): 2.5e-3}
 
-SHAPES = [(1, 16), (7, 32), (33, 48), (257, 129), (1000, 4096), (5, 123, 123), (4097,)]
+SHAPES = [(1, 16), (7, 32), (257, 129), (500, 4096), (5, 123, 123), (4097,)]
 SCALINGS = {
     "current-exact": Scaling(),
     "current-rceil": Scaling(snap="rceil"),
@@ -29,29 +29,39 @@ SCALINGS = {
 
 def _input(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator) * torch.exp2(torch.randint(-20, 12, shape, generator=generator).float())
+    x = torch.randn(shape, generator=generator) * torch.exp2(
+        torch.randint(-20, 12, shape, generator=generator).float()
+    )
     return x.to(dtype)
 
 
 def _assert_same_codes(a: torch.Tensor, b: torch.Tensor) -> None:
     nan = a.float().isnan()
     assert torch.equal(nan, b.float().isnan())
-    assert torch.equal(a.view(torch.uint8)[~nan], b.view(torch.uint8)[~nan])
+    assert torch.equal(a.float().view(torch.int32)[~nan], b.float().view(torch.int32)[~nan])
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("format", ["e4m3fn", "e5m2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# Every combination is compiled anew, so the full table of scalings runs for one dtype and format only.
+CASTS = [(torch.bfloat16, "e4m3fn", scaling) for scaling in SCALINGS] + [
+    (dtype, format, scaling)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for format in ("e4m3fn", "e5m2", "e5m10")
+    for scaling in ("delayed", "current-exact")
+    if (dtype, format) != (torch.bfloat16, "e4m3fn")
+]
+
+
+@pytest.mark.parametrize(("dtype", "format", "scaling"), CASTS, ids=lambda value: str(value).removeprefix("torch."))
 def test_cast_is_bit_for_bit(dtype: torch.dtype, format: str, scaling: str) -> None:
     quant = Quant(format=format, scaling=SCALINGS[scaling])
     for seed, shape in enumerate(SHAPES):
-        for special in (None, float("nan"), float("inf"), -float("inf"), "zero"):
+        for special in (None, float("nan"), float("inf"), "zero"):
             x = _input(shape, dtype, seed)
             if special == "zero":
                 x = torch.zeros_like(x)
             elif special is not None:
-                x.view(-1)[x.numel() // 3] = special
-            for start in ([0.0, 0.25] if SCALINGS[scaling].method == "delayed" else [None]):
+                x.view(-1)[x.numel() // 3], x.view(-1)[0] = special, -special
+            for start in [0.0, 0.25] if SCALINGS[scaling].method == "delayed" else [None]:
                 args = []
                 for device in ("cpu", "cuda"):
                     scale = None if start is None else torch.tensor(start, device=device)
@@ -63,8 +73,9 @@ def test_cast_is_bit_for_bit(dtype: torch.dtype, format: str, scaling: str) -> N
                 assert torch.equal(expected[1], got[1].cpu())
                 for cpu, gpu in zip(args[0][4:6], args[1][4:6], strict=True):
                     assert cpu is None or torch.equal(cpu, gpu.cpu())
-                fixed = torch.ops.hf_lowprec.quantize(args[1][0], args[1][1], got[1], True, None, None, None)
-                _assert_same_codes(expected[0], fixed[0].cpu())
+                if format == "e4m3fn":
+                    fixed = torch.ops.hf_lowprec.quantize(args[1][0], args[1][1], got[1], True, None, None, None)
+                    _assert_same_codes(expected[0], fixed[0].cpu())
 
 
 def test_cast_beyond_int32_elements() -> None:
@@ -102,7 +113,9 @@ def test_scaled_mm_against_emulation(k: int, formats: tuple[str, str], fast: boo
         truth = ops.scaled_mm(qa, sa, quants[0], qb, sb, quants[1], bias, dtype=torch.float32, emulate=True)
         out = ops.scaled_mm(qa, sa, quants[0], qb, sb, quants[1], bias, dtype=dtype, fast=fast)
         error = numerics.relative_error(truth, out.float()).item()
-        limit = GEMM_TOLERANCE[(torch.float32, fast)] + (GEMM_TOLERANCE[(torch.bfloat16, False)] if dtype != torch.float32 else 0)
+        limit = GEMM_TOLERANCE[(torch.float32, fast)] + (
+            GEMM_TOLERANCE[(torch.bfloat16, False)] if dtype != torch.float32 else 0
+        )
         assert out.dtype == dtype and error < limit, (k, formats, fast, dtype, error)
 
 

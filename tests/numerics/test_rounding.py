@@ -204,3 +204,17 @@ def test_errors_say_what_to_do() -> None:
         round_to_format(x, "e4m3fn", Rounding(mode="stochastic"), words=torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="drops 20 bits"):
         round_to_format(x, "e4m3fn", Rounding(mode="stochastic", bits=21), seed=0)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["e4m3fn", "e8m7"])
+def test_compiled_code_rounds_alike(name: str, backend: str) -> None:
+    """e8m7: Inductor drops a cast to bfloat16 and back, which eager code uses."""
+    x = torch.from_numpy(edge_inputs(FORMATS[name]))
+    stochastic = Rounding(mode="stochastic")
+    for function in (
+        lambda x: round_to_format(x, name),
+        lambda x: decode(encode(x, name, stochastic, seed=3), name),
+    ):
+        got, want = torch.compile(function, backend=backend, fullgraph=True)(x), function(x)
+        assert torch.equal(got.nan_to_num(7).view(torch.int32), want.nan_to_num(7).view(torch.int32))

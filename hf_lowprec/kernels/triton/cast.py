@@ -2,7 +2,8 @@
 """Scale and cast a tensor to FP8 or FP16 in two launches: partial amaxes, then scale + cast + counters.
 
 The second kernel finishes the reduction itself (every program reads the few partial amaxes again, from L2), computes
-the scale, and casts, so that no scalar kernel stands between the two. Bytes moved for b-byte input and c-byte output: n (2 b + c).
+the scale, and casts, so that no scalar kernel stands between the two. Bytes moved for b-byte input and c-byte output:
+n (2 b + c).
 
 Neither kernel uses `tl.minimum`/`tl.maximum` with NaN propagation: beside one-byte stores Triton miscompiles it
 (triton-lang/triton#11111). Comparisons with NaN are false, which is what both kernels want.
@@ -114,7 +115,7 @@ def cast(
         per_program = triton.cdiv(triton.cdiv(n, PARTIALS), _BLOCK) * _BLOCK
         _amax_kernel[(PARTIALS,)](x, partial, n, per_program, BLOCK=_BLOCK, num_warps=8)
     assert scale is not None
-    bits = torch.tensor(fmt_max, dtype=torch.float32).view(torch.int32).item()
+    bits = int(torch.tensor(fmt_max, dtype=torch.float32).view(torch.int32).item())
     _cast_kernel[(max(1, triton.cdiv(n, _BLOCK)),)](
         x, qdata, partial, scale if given is None else given, scale, x if amax is None else amax,
         x if counts is None else counts, n, sample_stride,

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe in words: what `hf-lowprec explain` prints and the tables in the documentation hold.
+
+Everything is derived from the recipe's data, so that a description cannot say something else than what runs. Only
+recipes that are planned, which have no data yet, are described by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from hf_lowprec.formats import FORMATS, Format
+from hf_lowprec.recipe import ALIASES, PLANNED, PRESETS, Accumulation, Quant, Recipe, Rounding, Scaling, States
+
+GEMMS = {
+    "fprop": ("output = input @ weight.T", ("input", "weight")),
+    "dgrad": ("grad_input = grad_output @ weight", ("grad_output", "weight")),
+    "wgrad": ("grad_weight = grad_output.T @ input", ("input", "grad_output")),
+}
+# Formats whose products FP8 tensor cores compute, with one scale per tensor.
+_TENSOR_CORE_FORMATS = ("e4m3fn", "e5m2")
+
+PLANNED_WORDS: dict[str, str] = {
+    "fp8-lm-o3": "fp8-lm with sharding and all-gather in FP8",
+    "bitnet": "1-bit weights, 8-bit activations, straight-through estimator",
+    "bitnet-b1.58": "ternary weights, 8-bit activations, straight-through estimator",
+    "switchback": "int8 forward and input gradient, 16-bit weight gradient, StableAdamW",
+    "switchback-m": "switchback that saves its operands in int8",
+    "switchback-q": "switchback with one scale per row, weights included",
+    "mxfp8": "OCP Microscaling v1.0: FP8 in blocks of 32",
+    "mxfp6": "OCP Microscaling v1.0: FP6 in blocks of 32",
+    "mxfp4": "OCP Microscaling v1.0: FP4 in blocks of 32",
+    "mxint8": "OCP Microscaling v1.0: int8 in blocks of 32",
+    "hfp8": "IBM's hybrid FP8: e4m3b11 forward, e5m2 backward",
+    "fp8-chunked": "e5m2 with chunked e6m9 accumulation and stochastic-rounding updates (Wang 2018)",
+    "sr-mac": "e6m5 accumulators with stochastic rounding",
+    "unit-scaling": "op-level unit scaling: constants instead of amaxes",
+    "u-mup": "unit scaling with the maximal update parametrisation",
+    "fp8-flex": "learned or searched range and mantissa width",
+}
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def scaling_words(scaling: Scaling) -> str:
+    """`per tensor, largest amax of 16 steps, powers of two`."""
+    if scaling.method == "none":
+        return "no scale"
+    if scaling.method == "static":
+        return f"constant 2^{scaling.exponent}"
+    groups = {"block": "per block of {0}", "tile": "per tile of {0} x {1}"}
+    parts = [groups.get(scaling.granularity, f"per {scaling.granularity}").format(*scaling.block)]
+    if scaling.method == "current":
+        parts.append("its own amax")
+    else:
+        which = "largest" if scaling.algorithm == "max" else "most recent"
+        parts.append(f"{which} amax of {scaling.history} steps")
+    if scaling.margin:
+        parts.append(f"margin 2^{scaling.margin}")
+    if scaling.snap != "exact":
+        parts.append("powers of two" + ("" if scaling.snap == "rceil" else f" ({scaling.snap})"))
+    if scaling.store == "e8m0":
+        parts.append("stored as E8M0")
+    return ", ".join(parts)
+
+
+def rounding_words(rounding: Rounding) -> str:
+    words = {"nearest": "nearest, ties to even", "away": "nearest, ties away from zero", "zero": "toward zero"}
+    bits = "" if rounding.bits is None else f", {rounding.bits} random bits"
+    return words.get(rounding.mode, rounding.mode) + bits
+
+
+def accumulation_words(accumulation: Accumulation) -> str:
+    if accumulation.format is None:
+        words = "float32"
+        if accumulation.fast:
+            words += ", partial sums in the tensor cores' own precision"
+    else:
+        words = f"{accumulation.format}, {rounding_words(accumulation.rounding)}"
+    if accumulation.chunk is not None:
+        words += f", in chunks of {accumulation.chunk} that add in {accumulation.outer or 'float32'}"
+    return words
+
+
+def quant_words(quant: Quant | None, otherwise: str) -> str:
+    """One line for a slot; `otherwise` where it is empty."""
+    if quant is None:
+        return otherwise
+    return f"{quant.format}, {scaling_words(quant.scaling)}, {rounding_words(quant.rounding)}"
+
+
+def slot_rows(recipe: Recipe) -> list[tuple[str, str, str, str, str]]:
+    """(slot, format, scaling, rounding, overflow) for the six GEMM slots, in the order of GEMMS."""
+    rows = []
+    for gemm, (_, slots) in GEMMS.items():
+        for slot in slots:
+            quant: Quant | None = getattr(getattr(recipe, gemm), slot)
+            if quant is None:
+                rows.append((f"{gemm} {slot}", _base(recipe), "", "", ""))
+            else:
+                words = scaling_words(quant.scaling), rounding_words(quant.rounding)
+                rows.append((f"{gemm} {slot}", quant.format, *words, quant.overflow))
+    return rows
+
+
+def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """(name, words) for everything beside the slots."""
+    rows = [(f"{gemm} sums in", accumulation_words(getattr(recipe, gemm).accumulation)) for gemm in GEMMS]
+    rows += _state_rows(recipe.states)
+    communication = recipe.communication
+    if communication is None:
+        rows.append(("weight gradients", "as they are"))
+    else:
+        words = quant_words(communication.gradient, "")
+        if communication.auto_scale:
+            words += (
+                f"; auto-scaled by mu: halved when more than {communication.saturation:.3%} saturate, "
+                f"else doubled per {communication.growth} steps"
+            )
+        rows.append(("weight gradients", words))
+    loss_scale = recipe.loss_scale
+    rows.append(("loss scale", "none" if loss_scale.method == "none" else f"{loss_scale.method}, {loss_scale.init:g}"))
+    if recipe.saved is not None:
+        # The linears save their quantised input either way; norms and activations follow once they have kernels.
+        rows.append(("saved elementwise", quant_words(recipe.saved, "") + "; by fused kernels only (planned)"))
+    rows.append(("base precision", f"{_base(recipe)}: everything that no slot names"))
+    if recipe.quantises_gemms:
+        rows.append(("stays high", stays_high(recipe)))
+    return rows
+
+
+def _state_rows(states: States | None) -> list[tuple[str, str]]:
+    if states is None:
+        return [("optimizer", "the script's own, unchanged")]
+    rows = [
+        ("exp_avg", quant_words(states.exp_avg, "float32")),
+        ("exp_avg_sq", quant_words(states.exp_avg_sq, "float32")),
+    ]
+    if states.master is None:
+        rows.append(("master", f"the Parameter itself, updated {rounding_words(states.update)}"))
+    else:
+        rows.append(("master", quant_words(states.master, "") + "; a float32 Parameter is its own"))
+    return rows
+
+
+def stays_high(recipe: Recipe) -> str:
+    """What is computed in the base precision or float32 whatever the slots say."""
+    words = "norms, attention, embeddings, output embeddings, heads, routers, LoRA adapters, loss"
+    if recipe.modules_to_not_convert:
+        words += f", and {', '.join(recipe.modules_to_not_convert)}"
+    return words
+
+
+def _base(recipe: Recipe) -> str:
+    return "float32" if recipe.base == "no" else recipe.base
+
+
+# --- one line -------------------------------------------------------------------------------------------------------
+
+
+def one_line(recipe: Recipe) -> str:
+    """The recipe in a sentence, for lists."""
+    parts = []
+    if recipe.quantises_gemms:
+        forward = _formats(recipe.fprop.input, recipe.fprop.weight)
+        backward = _formats(recipe.dgrad.grad_output, recipe.wgrad.grad_output)
+        parts.append(f"{forward or _base(recipe)} forward, {backward or _base(recipe)} gradients")
+        parts.append(_methods(recipe))
+    else:
+        parts.append(f"GEMMs in {_base(recipe)}")
+    states = recipe.states
+    if states is not None and (states.exp_avg or states.exp_avg_sq or states.master):
+        kept = [q.format if q else "float32" for q in (states.exp_avg, states.exp_avg_sq)]
+        parts.append(f"states {' + '.join(kept)}" + (f" + master {states.master.format}" if states.master else ""))
+    if states is not None and states.update.mode == "stochastic":
+        parts.append("16-bit weights updated with stochastic rounding")
+    if recipe.communication is not None:
+        mu = ", scaled by mu" if recipe.communication.auto_scale else ""
+        parts.append(f"weight gradients {recipe.communication.gradient.format}{mu}")
+    if recipe.loss_scale.method != "none":
+        parts.append(f"{recipe.loss_scale.method} loss scale")
+    return "; ".join(parts)
+
+
+def _formats(*quants: Quant | None) -> str:
+    return " x ".join(dict.fromkeys(q.format for q in quants if q is not None))
+
+
+def _methods(recipe: Recipe) -> str:
+    """`delayed (16) scales, weight current, powers of two`."""
+    quants = {
+        "input": recipe.fprop.input or recipe.wgrad.input,
+        "weight": recipe.fprop.weight or recipe.dgrad.weight,
+        "grad_output": recipe.dgrad.grad_output or recipe.wgrad.grad_output,
+    }
+
+    def method(quant: Quant) -> str:
+        scaling = quant.scaling
+        name = {"static": "constant", "none": "no"}.get(scaling.method, scaling.method)
+        return f"{name} ({scaling.history})" if scaling.method == "delayed" else name
+
+    methods = {role: method(quant) for role, quant in quants.items() if quant is not None}
+    common = max(methods.values(), key=list(methods.values()).count)
+    words = f"{common} scales"
+    words += "".join(f", {role} {other}" for role, other in methods.items() if other != common)
+    adaptive = [q for q in quants.values() if q is not None and q.scaling.method in ("current", "delayed")]
+    if adaptive and all(q.scaling.snap != "exact" for q in adaptive):
+        words += ", powers of two"
+    return words
+
+
+def needs(recipe: Recipe) -> str:
+    """Hardware on which the recipe's GEMMs run natively; everywhere else they are emulated."""
+    quants = [getattr(getattr(recipe, gemm), slot) for gemm, (_, slots) in GEMMS.items() for slot in slots]
+    used = [quant for quant in quants if quant is not None]
+    if not used:
+        return "any"
+    native = all(q.format in _TENSOR_CORE_FORMATS and q.scaling.granularity == "tensor" for q in used)
+    return "sm_89 or newer" if native else "nowhere yet"
+
+
+# --- documentation --------------------------------------------------------------------------------------------------
+
+
+def recipe_table() -> str:
+    """Every recipe name with what it is and where it runs, as Markdown."""
+    rows = [("recipe", "what it is", "native on", "elsewhere")]
+    aliases = {name: [a for a, target in ALIASES.items() if target == name] for name in PRESETS}
+    for name, recipe in PRESETS.items():
+        also = "".join(f" (= `{alias}`)" for alias in aliases[name])
+        elsewhere = "emulated" if recipe.quantises_gemms else ""
+        rows.append((f"`{name}`{also}", one_line(recipe), needs(recipe), elsewhere))
+    rows += [(f"`{name}`", PLANNED_WORDS[name], "planned", "") for name in PLANNED]
+    rows.append(("`exmy:<e><m>`", "any exponent and mantissa width with packed storage", "planned", ""))
+    return _markdown(rows)
+
+
+def format_table() -> str:
+    """The catalogue of formats as Markdown."""
+    rows = [("name", "bits", "largest", "smallest normal", "smallest", "Inf, NaN", "in torch")]
+    for name, fmt in FORMATS.items():
+        specials = " ".join(word for word, there in (("Inf", fmt.has_inf), ("NaN", fmt.has_nan)) if there) or "none"
+        normal = _number(fmt.min_normal) if isinstance(fmt, Format) and fmt.min_normal > fmt.tiny else ""
+        cells = (_number(fmt.max), normal, _number(fmt.tiny), specials, fmt.torch_dtype_name or "")
+        rows.append((f"`{name}`", str(fmt.bits), *cells))
+    return _markdown(rows)
+
+
+def _number(x: float) -> str:
+    """Powers of two as such, the rest with the digits that matter."""
+    fraction, exponent = math.frexp(x)
+    return f"2^{exponent - 1}" if fraction == 0.5 and abs(exponent - 1) > 3 else f"{x:.7g}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row).replace("|  |", "| |").rstrip() + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training side of accelerate: `Accelerator.__init__`, `prepare` and `prepare_model` learn recipes.
+
+Bare scripts, transformers' Trainer and TRL's trainers all pass through these three methods, so nothing else is
+patched, but for one line by which an Accelerator learns what its Trainer trains.
+
+    __init__        a recipe's name becomes its base precision, which accelerate knows; the recipe is remembered
+    prepare         models are converted before DDP, FSDP or DeepSpeed wrap them, optimizers adopted, schedulers
+                    re-pointed (integrations/accelerate_prepare.py)
+    prepare_model   reached by `prepare`, and directly for models that are only evaluated
+
+In a process that uses no recipe, each of them calls accelerate's own and does nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hf_lowprec._autoload import OWNED_BY_ACCELERATE, RECIPE_ENV, activate
+from hf_lowprec.integrations.accelerate_launch import PRECISION_ENV, read_recipe
+
+if TYPE_CHECKING:
+    from hf_lowprec.recipe import Recipe
+
+RECIPE = "_hf_lowprec_recipe"  # attribute of the Accelerator and of AcceleratorState
+
+
+def install() -> None:
+    """Patch accelerate now, whether or not the import hook is on. Idempotent."""
+    activate()
+
+
+def settle_environment() -> None:
+    """Write what the environment asks for in the form that accelerate and transformers read.
+
+    `ACCELERATE_MIXED_PRECISION=fp8-lm`, which accelerate takes for float32 without a word, and `HF_LOWPREC_RECIPE`
+    alone both become HF_LOWPREC_RECIPE plus the recipe's base precision, which TrainingArguments reads when it is
+    made. A bad name is left for `Accelerator` to report.
+    """
+    text, precision = os.environ.get(RECIPE_ENV), os.environ.get(PRECISION_ENV)
+    if not text and precision and precision.lower() not in OWNED_BY_ACCELERATE:
+        text, precision = precision, None
+    if not text:
+        return
+    try:
+        text, recipe = read_recipe(text)
+    except ValueError:
+        return
+    os.environ[RECIPE_ENV] = text
+    if not precision:
+        os.environ[PRECISION_ENV] = recipe.base
+
+
+def _from_environment() -> Recipe | None:
+    """Raises RecipeError for a name or file that settle_environment could not read."""
+    settle_environment()
+    text, precision = os.environ.get(RECIPE_ENV), os.environ.get(PRECISION_ENV)
+    if not text and precision and precision.lower() not in OWNED_BY_ACCELERATE:
+        text = precision
+    return read_recipe(text)[1] if text else None
+
+
+def resolve(asked: str | None, state: dict[str, Any]) -> tuple[str | None, Recipe | None]:
+    """What `Accelerator(mixed_precision=asked)` means: the precision to hand to accelerate, and the recipe.
+
+    state: AcceleratorState's shared dict, empty if this is the process's first Accelerator. Later ones follow it.
+    Raises RecipeError: unknown or planned recipe, unreadable file, or two different recipes requested.
+    """
+    recipe: Recipe | None = state[RECIPE] if RECIPE in state else _from_environment()
+    if asked is not None and str(asked).lower() not in OWNED_BY_ACCELERATE:
+        from hf_lowprec.recipe import RecipeError
+
+        own = read_recipe(str(asked))[1]
+        if recipe is not None and own != recipe:
+            first = "an earlier Accelerator" if RECIPE in state else "the launcher (or the environment)"
+            raise RecipeError(
+                f"the script asks for recipe {own.name!r}, {first} for {recipe.name!r}; name one of them only"
+            )
+        return own.base, own
+    if recipe is None:
+        return asked, None
+    explicit = asked
+    if asked is None and RECIPE not in state:
+        explicit = state.get("_mixed_precision", os.environ.get(PRECISION_ENV))
+    if explicit is None or str(explicit).lower() == recipe.base:
+        return (asked if state else recipe.base), recipe
+    warnings.warn(
+        f"recipe {recipe.name!r} is requested, but mixed_precision={str(explicit)!r} is set explicitly and wins: "
+        f"nothing is converted. To train with the recipe, drop it or set it to {recipe.base!r}.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return asked, None
+
+
+def _active(accelerator: Any) -> bool:
+    """Whether a recipe may be at work: asked for, or conversion code loaded by someone (by hand, or by a callback)."""
+    return getattr(accelerator, RECIPE, None) is not None or "hf_lowprec.conversion" in sys.modules
+
+
+def patch_accelerator(module: Any) -> None:
+    """`accelerate.accelerator`: wrap the three methods of Accelerator, and the repr of AcceleratorState."""
+    settle_environment()
+    cls, state_cls = module.Accelerator, module.AcceleratorState
+    init, prepare, prepare_model, state_repr = cls.__init__, cls.prepare, cls.prepare_model, state_cls.__repr__
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        call = signature.bind(self, *args, **kwargs)
+        asked = call.arguments.get("mixed_precision")
+        precision, recipe = resolve(asked, state_cls._shared_state)
+        if precision is not asked:
+            call.arguments["mixed_precision"] = precision
+        setattr(self, RECIPE, recipe)
+        init(*call.args, **call.kwargs)
+        if recipe is not None or os.environ.get(RECIPE_ENV):  # None: what the script said explicitly has won
+            setattr(self.state, RECIPE, recipe)
+
+    @functools.wraps(prepare)
+    def _prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _active(self):
+            from hf_lowprec.integrations.accelerate_prepare import before_prepare
+
+            args = before_prepare(self, args)
+        return prepare(self, *args, **kwargs)
+
+    @functools.wraps(prepare_model)
+    def _prepare_model(
+        self: Any, model: Any, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
+        if _active(self):
+            from hf_lowprec.integrations.accelerate_prepare import before_prepare_model
+
+            before_prepare_model(self, model, evaluation_mode)
+        return prepare_model(self, model, device_placement=device_placement, evaluation_mode=evaluation_mode)
+
+    @functools.wraps(state_repr)
+    def __repr__(self: Any) -> str:
+        text: str = state_repr(self)
+        recipe = self._shared_state.get(RECIPE)
+        if recipe is None:
+            return text
+        line = f"Mixed precision type: {self.mixed_precision}"
+        return text.replace(line, f"{line} (hf_lowprec recipe: {recipe.name})")
+
+    cls.__init__, cls.prepare, cls.prepare_model, state_cls.__repr__ = __init__, _prepare, _prepare_model, __repr__
+
+
+def patch_trainer(module: Any) -> None:
+    """`transformers.trainer`: after `Trainer.__init__` its Accelerator knows which model is trained.
+
+    TRL prepares a reference model right after it, and `Trainer.evaluate` before `train` prepares the policy itself
+    "for evaluation"; without this line the two look alike.
+    """
+    init: Callable[..., None] = module.Trainer.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and _active(accelerator):
+            from hf_lowprec.integrations.accelerate_prepare import meet_trainer
+
+            meet_trainer(accelerator, self.model, data_parallel=self.args.n_gpu > 1)
+
+    module.Trainer.__init__ = __init__
