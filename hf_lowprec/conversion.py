@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hf_lowprec import stepping
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, original_class, set_class
-from hf_lowprec.recipe import Recipe, get_recipe
+from hf_lowprec.recipe import Accumulation, Recipe, get_recipe
 from hf_lowprec.report import ConversionReport
 from hf_lowprec.session import Session, session_of
 
@@ -65,7 +65,8 @@ def convert(
 
     Raises:
         RecipeError: unknown, planned or malformed recipe.
-        ConversionError: nn.DataParallel; already converted with another recipe; a GPU that cannot run it natively.
+        ConversionError: nn.DataParallel; already converted with another recipe; a GPU that cannot run it natively; a
+            field of a user's own recipe that this version does not carry out.
         NothingConvertedError: the recipe quantises GEMMs and no module qualified.
     """
     chosen = get_recipe(recipe)
@@ -83,6 +84,7 @@ def convert(
                 "hf_lowprec.revert(model) first"
             )
         return existing.report
+    _refuse_what_nothing_reads(chosen)
     emulated = _emulates(model, chosen, emulate)
     report, modules = _select(model, chosen, [*chosen.modules_to_not_convert, *(modules_to_not_convert or ())],
                               module_filter_fn, aligned=not emulated)  # fmt: skip
@@ -168,12 +170,12 @@ def _select(
         matched = [p for p in patterns if _matches(p, name)]
         unused -= set(matched)
         reason = _reason(name, module, model, heads, tied, aligned)
-        if matched:
+        if not recipe.quantises_gemms:
+            reason = f"recipe {recipe.name} quantises no GEMM"
+        elif matched:
             reason = f"named by modules_to_not_convert ({matched[0]})"
         elif reason is None and filter_fn is not None and not filter_fn(module, name):
             reason = "refused by module_filter_fn"
-        elif reason is None and not recipe.quantises_gemms:
-            reason = f"recipe {recipe.name} quantises no GEMM"
         if reason is None:
             chosen[name] = module
             report.converted.append(name)
@@ -278,6 +280,20 @@ def _matches(pattern: str, name: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error:
         return False
+
+
+def _refuse_what_nothing_reads(recipe: Recipe) -> None:
+    """Raises ConversionError where a recipe asks for something that would silently not happen."""
+    for name in ("fprop", "dgrad", "wgrad"):
+        accumulation = getattr(recipe, name).accumulation
+        if accumulation != Accumulation(fast=accumulation.fast):
+            raise ConversionError(
+                f"recipe {recipe.name!r}: {name}.accumulation: low-precision accumulation is planned, not here yet"
+            )
+    if recipe.loss_scale.method == "static" or (recipe.loss_scale.method == "dynamic") != (recipe.base == "fp16"):
+        raise ConversionError(
+            f"recipe {recipe.name!r}: loss_scale: torch's GradScaler scales, dynamically and under base fp16 only"
+        )
 
 
 def _emulates(model: nn.Module, recipe: Recipe, emulate: bool) -> bool:

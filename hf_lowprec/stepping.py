@@ -61,6 +61,9 @@ def attach_optimizer(
 ) -> torch.optim.Optimizer:
     """Make `optimizer` follow the model's recipe, and its state dict carry the recipe's state. Idempotent.
 
+    `Accelerator.prepare` calls it. Without it an optimizer works and saves the state from its first step on, but has
+    to be attached before it can load.
+
     Adam and AdamW are replaced by `hf_lowprec.optim.AdamW` over the same param groups when the recipe names optimizer
     states; any other optimizer is kept, and the report says so.
 
@@ -160,6 +163,8 @@ def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:
     if known is None or known[0] != key:
         attached = _carried(optimizer)
         mine = [s for s in sessions if s in attached or s.owns(optimizer)]
+        for session in mine:  # an optimizer that nobody attached saves the state from its first step on
+            carry_state(session, optimizer)
         known = (key, [_Followed(weakref.ref(s), _swap(s)) for s in mine])
         _FOLLOWED[optimizer] = known
     return known[1]

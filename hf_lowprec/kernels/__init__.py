@@ -19,6 +19,12 @@ def _quantize(*args: Any) -> tuple[Tensor, Tensor]:
     return quantize(*args)
 
 
+def _current_scale(*args: Any) -> Tensor:
+    from hf_lowprec.kernels.quantize import current_scale
+
+    return current_scale(*args)
+
+
 def _scaled_mm(*args: Any) -> Tensor:
     from hf_lowprec.kernels.scaled_mm import scaled_mm
 
@@ -26,4 +32,5 @@ def _scaled_mm(*args: Any) -> Tensor:
 
 
 LIBRARY.impl("quantize", _quantize, "CUDA")
+LIBRARY.impl("current_scale", _current_scale, "CUDA")
 LIBRARY.impl("scaled_mm", _scaled_mm, "CUDA")

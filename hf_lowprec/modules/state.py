@@ -127,8 +127,7 @@ class ScalingState:
             scale = torch.stack([s.to(home, non_blocking=True) for s in scales])
             fmt = get_format(role_quants(self.recipe)[role].format)  # type: ignore[union-attr]
             numerics.delayed_update(history, scale, torch.full_like(scale, fmt.max), scaling)
-            for target, value in zip(scales, scale.unbind(), strict=True):
-                target.copy_(value, non_blocking=True)
+            torch._foreach_copy_(scales, list(scale.unbind()), non_blocking=True)
             torch._foreach_zero_(amaxes)
         for layer in self.layers.values():
             layer.frozen = None

@@ -160,7 +160,6 @@ def round_to_codebook(x: Tensor, book: Codebook, rounding: Rounding, words: Tens
 _TABLES: dict[tuple[Format | Codebook, torch.device, torch.dtype], Tensor] = {}
 
 
-@torch.compiler.assume_constant_result  # or Dynamo traces 65536 calls of decode
 def value_table(fmt: Format | Codebook, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The value of every code, by the scalar specification."""
     key = (fmt, device, dtype)
@@ -169,3 +168,8 @@ def value_table(fmt: Format | Codebook, device: torch.device, dtype: torch.dtype
         values = torch.tensor([fmt.decode(code) for code in range(count)], dtype=torch.float64)
         _TABLES[key] = values.to(dtype).to(device)
     return _TABLES[key]
+
+
+# Or Dynamo traces 65536 calls of decode. It is what `torch.compiler.assume_constant_result` sets; the decorator itself
+# would import all of Dynamo, two seconds in every process that converts a model.
+value_table.__dict__["_dynamo_marked_constant"] = True

@@ -30,6 +30,7 @@ LIBRARY.define(
     "quantize(Tensor input, str quant, Tensor? scale, bool fixed, Tensor(a!)? amax, Tensor(b!)? counts, Tensor? seed)"
     " -> (Tensor qdata, Tensor scale)"
 )
+LIBRARY.define("current_scale(Tensor input, str quant) -> Tensor")
 
 
 @cache
@@ -151,3 +152,27 @@ def _fake_quantize(
 
 
 torch.library.register_fake("hf_lowprec::quantize", _fake_quantize)
+
+
+def current_scale(input: Tensor, quant: str) -> Tensor:
+    """The scale that `quantize` would take from this tensor's amax, where it has to be changed before the cast."""
+    scale: Tensor = torch.ops.hf_lowprec.current_scale(input, quant)
+    return scale
+
+
+def default_current_scale(input: Tensor, quant: str) -> Tensor:
+    policy = parse_quant(quant)
+    if policy.scaling.method in ("none", "static"):
+        return torch.full((), 2.0**policy.scaling.exponent, dtype=torch.float32, device=input.device)
+    amax = numerics.amax_per_group(input.detach(), policy.scaling)
+    return numerics.scale_from_amax(amax, policy.format, policy.scaling)
+
+
+LIBRARY.impl("current_scale", default_current_scale, "CompositeExplicitAutograd")
+
+
+def _fake_current_scale(input: Tensor, quant: str) -> Tensor:
+    return numerics.scale_like(input, parse_quant(quant).scaling)
+
+
+torch.library.register_fake("hf_lowprec::current_scale", _fake_current_scale)

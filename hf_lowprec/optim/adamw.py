@@ -57,8 +57,9 @@ class AdamW(Optimizer):
         `#1`, `#2a`, `#2b`, `#3` of FP8-LM's decoupling study; or a `recipe.States`.
     decoupled: False is Adam's L2 regularisation: the decay joins the gradient, and so the moments.
 
-    state per parameter: `step` float32 0-d; `exp_avg`, `exp_avg_sq` and, for 16-bit Parameters, `master`, in their
-    formats, with `<name>_scale` beside each quantised one.
+    state per parameter: `step` float32 0-d; the slots `exp_avg`, `exp_avg_sq` and, for 16-bit Parameters, `master`. A
+    float32 slot stands under its name; a quantised one is `<slot>_qdata`, codes in its format, and `<slot>_scale`, so
+    that torch's own Adam, loading this state, stops with a KeyError instead of reading codes as moments.
 
     skipped_steps: int64 0-d on the device, steps that met a non-finite gradient.
 

@@ -30,9 +30,9 @@ from torch.optim import Optimizer
 
 from hf_lowprec import ops
 from hf_lowprec.formats import get_format
-from hf_lowprec.numerics import ScaledTensor, amax_per_group, dequantize, scale_from_amax
+from hf_lowprec.numerics import ScaledTensor, dequantize
 from hf_lowprec.optim.states import matrix, stream_seed
-from hf_lowprec.recipe import Communication, Quant
+from hf_lowprec.recipe import Communication
 
 _REACH = 16  # mu stays within 2 ** -16 and, with several ranks, 2 ** 16
 _STATE = ("k", "saturated", "count")
@@ -57,6 +57,7 @@ class GradientQuantizer:
         self.k = torch.zeros(n, dtype=torch.int32)
         self.saturated = torch.zeros(n, dtype=torch.int64)
         self.count = torch.zeros(n, dtype=torch.int64)
+        self._cached_layout: tuple[tuple[tuple[int, int], ...], Tensor, Tensor] | None = None
         fmt = get_format(communication.gradient.format)
         self._extremes = {fmt.encode(value) for value in (fmt.max, fmt.min) if value}
 
@@ -76,36 +77,63 @@ class GradientQuantizer:
 
         Raises RuntimeError: a sparse gradient.
         """
-        if isinstance(grad, DTensor):
-            return DTensor.from_local(
-                self.quantize(index, grad.to_local()), grad.device_mesh, grad.placements,
-                run_check=False, shape=grad.shape, stride=grad.stride(),
-            )  # fmt: skip
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"{grad.layout} gradient cannot be quantised; build the embedding with sparse=False")
-        self._to(grad.device)
+        return self.quantize_all({index: grad})[index]
+
+    @torch.no_grad()
+    def quantize_all(self, grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """`quantize` for several gradients of one device at once: mu's state machine runs once for all of them."""
+        if not grads:
+            return {}
+        for grad in grads.values():
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{grad.layout} gradient cannot be quantised; build the embedding with sparse=False"
+                )
+        local = {i: g.to_local() if isinstance(g, DTensor) else g for i, g in grads.items()}
+        self._to(next(iter(local.values())).device)
+        factors = self.mu.unbind() if self.communication.auto_scale else None
+        out, extremes, valid = {}, [], []
+        for index, grad in local.items():
+            value, at_extremes, usable = self._cast(index, grad, None if factors is None else factors[index])
+            extremes.append(at_extremes)
+            valid.append(usable)
+            out[index] = _as_shard(value, grads[index])
+        indices, numel = self._layout(tuple((index, grad.numel()) for index, grad in local.items()))
+        self.observe(indices, torch.stack(extremes), numel, torch.stack(valid))
+        return out
+
+    def _layout(self, key: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+        """Indices and sizes on the device; copied there once, because a copy per step would wait for the host."""
+        if self._cached_layout is None or self._cached_layout[0] != key:
+            table = torch.tensor(key, dtype=torch.int64).to(self.k.device)
+            self._cached_layout = key, table[:, 0].contiguous(), table[:, 1].contiguous()
+        return self._cached_layout[1:]
+
+    def _cast(self, index: int, grad: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """g', the number of codes at the format's maximum (0-d), and whether the gradient is finite and not zero."""
         quant = self.communication.gradient
         hp = matrix(grad.float())
+        scale = ops.current_scale(hp, ops.quant_key(quant))
         seed = stream_seed(quant.rounding, index, "grad", self.count[index])
-        scale = _current_scale(hp, quant) / self._mu(self.k[index])
-        scaled = ScaledTensor(*ops.quantize(hp, ops.quant_key(quant), scale, fixed=True, seed=seed))
+        used = scale if mu is None else scale / mu
+        scaled = ScaledTensor(*ops.quantize(hp, ops.quant_key(quant), used, fixed=True, seed=seed))
         finite = hp.isfinite()
-        self.observe(index, self._at_extremes(scaled), hp.numel(), finite.all() & hp.any())
-        value = dequantize(scaled, quant, torch.float32)
-        return torch.where(finite, value, torch.nan).reshape(grad.shape).to(grad.dtype)
+        value = torch.where(finite, dequantize(scaled, quant, torch.float32), torch.nan)
+        return value.reshape(grad.shape).to(grad.dtype), self._at_extremes(scaled), finite.all() & hp.any()
 
-    def observe(self, index: int, extremes: Tensor, numel: int, valid: Tensor | bool = True) -> None:
+    def observe(self, index: int | Tensor, extremes: Tensor, numel: int | Tensor, valid: Tensor | bool = True) -> None:
         """One step of mu's state machine for parameter `index`, of whose `numel` codes `extremes` sit at the maximum.
 
-        extremes: int64 0-d. valid: bool or 0-d bool; False (zero or non-finite gradient) leaves mu where it is.
+        For several parameters at once every argument is a tensor [m]. valid: False (zero or non-finite gradient)
+        leaves mu where it is.
         """
         policy = self.communication
         saturated = (extremes - 1).clamp(min=0)
-        k = self.k[index]
         if policy.auto_scale:
+            k = self.k[index]
             moved = torch.where(saturated > policy.saturation * numel, k - policy.growth, k + 1)
             moved = moved.clamp(-_REACH * policy.growth, self._upper()).to(k.dtype)
-            k.copy_(torch.where(torch.as_tensor(valid, device=k.device), moved, k))
+            self.k[index] = torch.where(torch.as_tensor(valid, device=k.device), moved, k)
         self.saturated[index] += saturated
         self.count[index] += 1
 
@@ -125,6 +153,7 @@ class GradientQuantizer:
 
     def _to(self, device: torch.device) -> None:
         if self.k.device != device:
+            self._cached_layout = None
             for name in _STATE:
                 setattr(self, name, getattr(self, name).to(device))
 
@@ -154,12 +183,12 @@ class GradientQuantizer:
             setattr(self, name, state_dict[name].to(own.device, copy=True))
 
 
-def _current_scale(hp: Tensor, quant: Quant) -> Tensor:
-    scaling = quant.scaling
-    if scaling.method in ("none", "static"):
-        return torch.full((), 2.0**scaling.exponent, device=hp.device)
-    scale = scale_from_amax(amax_per_group(hp, scaling, -1), get_format(quant.format), scaling)
-    return scale.float()  # over mu it is no power of two any more, so e8m0 cannot hold it
+def _as_shard(value: Tensor, grad: Tensor) -> Tensor:
+    """`value` placed like `grad`, if that is a DTensor."""
+    if not isinstance(grad, DTensor):
+        return value
+    mesh, placements = grad.device_mesh, grad.placements
+    return DTensor.from_local(value, mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride())
 
 
 class GradientSwap:
@@ -211,11 +240,13 @@ class GradientSwap:
         self.restore()
 
     def _swap(self, optimizer: Optimizer) -> None:
-        for param in (p for group in optimizer.param_groups for p in group["params"]):
-            if param.grad is not None and param in self.index:
-                own = param.grad
-                param.grad = self.quantizer.quantize(self.index[param], own)
-                self._swapped[param] = (own, param.grad)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        mine = {self.index[p]: p for p in params if p.grad is not None and p in self.index}
+        for device in {p.device for p in mine.values()}:
+            own = {i: p.grad for i, p in mine.items() if p.device == device}
+            for i, quantised in self.quantizer.quantize_all(own).items():
+                mine[i].grad = quantised
+                self._swapped[mine[i]] = (own[i], quantised)
 
     def restore(self) -> None:
         """Puts the caller's gradients back, except where somebody has replaced ours meanwhile."""

@@ -3,9 +3,12 @@
 
 A parameter has up to three *slots*: `exp_avg`, `exp_avg_sq` and, where the Parameter is held in 16 bits and the recipe
 wants one, `master`. `recipe.States` gives each slot a `Quant` or None. None keeps a plain float32 tensor under the
-slot's name; a Quant keeps codes under that name and the scale beside it under `<slot>_scale`, each tensor its own
+slot's name; a Quant keeps codes under `<slot>_qdata` and their scale under `<slot>_scale`, each tensor its own
 (FP8-LM, arXiv 2310.18313, section 2.2). A slot is read to float32, updated and written back; between two steps nothing
 but the codes and the scales exists.
+
+Codes never stand under the slot's own name: torch.optim.AdamW, given such a checkpoint, would take them for moments,
+leave out the scale and train on. Without the name it stops at its first step with KeyError: 'exp_avg'.
 
 Writing never decides on the host: `finite`, a 0-d bool on the device, selects between the new codes and the old ones,
 so a step with a non-finite gradient leaves every bit as it was without anybody waiting for the GPU.
@@ -120,11 +123,11 @@ def init_state(param: Tensor, states: States) -> dict[str, Tensor]:
 
 def read(state: Mapping[str, Tensor], name: str, quant: Quant | None, dtype: torch.dtype) -> Tensor:
     """Slot `name` in high precision, in the parameter's shape. Without a Quant it is the state: only read it."""
-    data = state[name]
     if quant is None:
-        return data
-    value = dequantize(ScaledTensor(matrix(data), state[f"{name}_scale"]), quant, dtype)
-    return value.reshape(data.shape)
+        return state[name]
+    qdata = state[f"{name}_qdata"]
+    value = dequantize(ScaledTensor(matrix(qdata), state[f"{name}_scale"]), quant, dtype)
+    return value.reshape(qdata.shape)
 
 
 def write(
@@ -168,7 +171,7 @@ def _pack(
     if seed is None and quant.rounding.mode == "stochastic":  # a first conversion has no step to draw from
         quant = replace(quant, rounding=_NEAREST)
     qdata, scale = ops.quantize(matrix(value), ops.quant_key(quant), seed=seed)
-    return {name: qdata.reshape(value.shape), f"{name}_scale": scale}
+    return {f"{name}_qdata": qdata.reshape(value.shape), f"{name}_scale": scale}
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -202,7 +205,7 @@ def check_state(state: Mapping[str, Any], states: States, param: Tensor, label: 
         try:
             value = read(state, name, quant, torch.float32)
         except IndexError:
-            raise ValueError(f"{label}: {name} holds codes that are not in its format; the file is corrupt") from None
+            raise ValueError(f"{label}: {name}_qdata holds codes outside its format; the file is corrupt") from None
         if not _all(value.isfinite()):
             raise ValueError(f"{label}: {name} holds NaN or Inf; the file is corrupt")
         if name == "exp_avg_sq" and not _all(value >= 0):
@@ -223,7 +226,7 @@ def _same_keys(found: set[str], wanted: set[str], label: str) -> None:
     if missing := sorted(wanted - found):
         raise ValueError(f"{label}: the checkpoint lacks {', '.join(missing)}")
     if extra := sorted(found - wanted):
-        hint = " (written for a 16-bit Parameter, this one is its own master)" if "master" in extra else ""
+        hint = " (written for a 16-bit Parameter, this one is its own master)" if "master_qdata" in extra else ""
         raise ValueError(f"{label}: unexpected {', '.join(extra)} in the checkpoint{hint}")
 
 

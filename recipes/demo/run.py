@@ -53,6 +53,10 @@ class Run:
         return [row["step"] for row in rows], [row[key] for row in rows]
 
 
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def has_fp8_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
@@ -63,13 +67,14 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def train(precision: str, seed: int, folder: Path, arguments: list[str], gpu: bool) -> Run:
-    settings = HERE.parent / "pretrain" / ("llama-60m.yaml" if gpu else "llama-1m.yaml")
+    settings = HERE.parent / "pretrain" / ("llama-70m.yaml" if gpu else "llama-1m.yaml")
     script = [os.path.relpath(SCRIPT), os.path.relpath(settings), "--output_dir", str(folder), "--seed", str(seed)]
-    script += ["--save_every", "0", *arguments]
-    console.print(f"\n[bold]accelerate launch --mixed_precision {precision}[/] {' '.join(script)}", highlight=False)
+    script += ["--save_every", "0", *(["--steps", "400", "--eval_every", "50"] if gpu else []), *arguments]
+    say(f"\n[bold]accelerate launch --mixed_precision {precision}[/] {' '.join(script)}")
     # `accelerate launch` of this very Python; the other options only say what it would guess anyway, with a warning
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", str(min(os.cpu_count() or 1, 8))]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(min(os.cpu_count() or 1, 8))
+    launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", threads]
     launch += [] if gpu else ["--cpu"]
     finished = subprocess.run([*launch, "--mixed_precision", precision, *script], env=clean_environment())
     if finished.returncode:
@@ -97,8 +102,8 @@ def make_table(runs: list[Run]) -> Table:
     table = Table(title=f"Llama, {runs[0].summary['parameters'] / 1e6:.1f} M parameters, from scratch")
     table.add_column("precision")
     for seed in seeds_of(runs):
-        table.add_column(f"validation loss,\nseed {seed}", justify="right")
-    table.add_column("bytes per parameter\nweights + gradients + states", justify="right")
+        table.add_column(f"val. loss\nseed {seed}", justify="right")
+    table.add_column("bytes per parameter:\nweights, grads, states", justify="right")
     table.add_column("tokens/s", justify="right")
     for precision in (BASELINE, LOW):
         summaries = [run.summary for run in runs if run.precision == precision]
@@ -123,7 +128,7 @@ def verdict(runs: list[Run], gpu: bool) -> str:
         lines.append(f"seed spread of {BASELINE}: {spread:.2%}; the mean gap lies {place} it")
         lines.append(f"{len(gaps)} seeds and a short run: a smoke test with numbers, no proof")
     if not gpu:
-        lines.append("no FP8 tensor cores here: the CPU emulates FP8 value for value, so it is slower than bf16;")
+        lines.append("no FP8 tensor cores here: the CPU emulates FP8 value for value, hence slower than bf16;")
         lines.append("loss and bytes per parameter are real, tokens/s say nothing about a GPU")
     return "\n".join(lines)
 
@@ -176,12 +181,13 @@ def main(argv: list[str] | None = None) -> None:
             runs.append(train(precision, seed, folder, ["--text", arguments.text, *tokenizer, *rest], gpu))
 
     plot(runs, arguments.output / "loss.png")
-    console.print("\n", make_table(runs))
-    console.print(verdict(runs, gpu), highlight=False)
-    console.print(f"\nreloaded {runs[-1].folder} with plain transformers:")
-    generate(runs[-1].folder, arguments.prompt or ("def " if arguments.text == "python" else "The "))
+    say("")
+    console.print(make_table(runs))
+    say(verdict(runs, gpu))
+    say(f"\nreloaded {runs[-1].folder} with plain transformers:")
+    generate(runs[-1].folder, arguments.prompt or ("def" if arguments.text == "python" else "The"))
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    console.print(f"\ncurves: {arguments.output / 'loss.png'}; {minutes} min {seconds} s in all", highlight=False)
+    say(f"\ncurves: {arguments.output / 'loss.png'}; {minutes} min {seconds} s in all")
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def train(
     log = Log(output / "metrics.jsonl", done, first)
     tokens_per_step = settings.batch_size * settings.sequence_length * accelerator.num_processes
     memory, eval_loss, speeds = {}, math.nan, []
-    started, since = time.perf_counter(), done
+    started, since, total = time.perf_counter(), done, torch.zeros((), device=accelerator.device)
     bar = tqdm(total=settings.steps, initial=done, disable=not first, mininterval=1, desc=output.name)
     for step, ids in enumerate(train_batches, done + 1):
         last = step == settings.steps
@@ -238,12 +238,13 @@ def train(
             memory = bytes_per_parameter(model, optimizer)
         optimizer.zero_grad()
         bar.update()
+        total += loss.detach()
         if step % settings.log_every == 0 or last:
-            value = accelerator.gather(loss.detach()).mean().item()
+            value = accelerator.gather(total).mean().item() / (step - since)
             speeds.append((step - since) * tokens_per_step / (time.perf_counter() - started))
             log.write(step=step, loss=value, learning_rate=schedule.get_last_lr()[0], tokens_per_second=speeds[-1])
             bar.set_postfix_str(f"loss {value:.3f}, {speeds[-1]:,.0f} tokens/s")
-            started, since = time.perf_counter(), step
+            started, since, total = time.perf_counter(), step, torch.zeros_like(total)
         paused = time.perf_counter()
         if step % settings.eval_every == 0 or last:
             eval_loss = evaluate(accelerator, model, valid_batches)

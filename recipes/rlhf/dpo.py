@@ -20,6 +20,7 @@ from sources import (
     Examples,
     InputError,
     Tokenizer,
+    checkpoint_to_resume,
     corrupt,
     load_model,
     load_tokenizer,
@@ -61,6 +62,7 @@ def to_trl(pairs: list[dict[str, Any]], tokenizer: Tokenizer) -> Dataset:
 
 def main(argv: list[str] | None = None) -> None:
     arguments, config, model_config = parse(Examples, DPOConfig, ModelConfig, argv=argv)
+    checkpoint = checkpoint_to_resume(arguments, config.output_dir)
     train_rows, eval_rows = read_examples(arguments, PAIRS, arguments.questions)
     train_pairs, eval_pairs = make_pairs(train_rows, arguments), make_pairs(eval_rows, arguments)
 
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if eval_pairs:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()

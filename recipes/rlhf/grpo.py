@@ -21,6 +21,7 @@ from sources import (
     InputError,
     ReasoningGym,
     Tokenizer,
+    checkpoint_to_resume,
     last_number,
     load_model,
     load_tokenizer,
@@ -68,6 +69,7 @@ def check(rows: list[dict[str, Any]], arguments: Examples) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments, config, model_config = parse(Examples, GRPOConfig, ModelConfig, argv=argv)
+    checkpoint = checkpoint_to_resume(arguments, config.output_dir)
     train_rows, eval_rows = read_examples(arguments, arguments.questions)
     check(train_rows + eval_rows, arguments)
     tokenizer = load_tokenizer(model_config.model_name_or_path)
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
     )
-    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if eval_rows:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()

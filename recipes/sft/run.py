@@ -14,7 +14,17 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sources import Examples, Tokenizer, load_model, load_tokenizer, parse, prompt_of, read_examples, reply_of
+from sources import (
+    Examples,
+    Tokenizer,
+    checkpoint_to_resume,
+    load_model,
+    load_tokenizer,
+    parse,
+    prompt_of,
+    read_examples,
+    reply_of,
+)
 
 
 def to_trl(rows: list[dict[str, Any]], arguments: Examples, tokenizer: Tokenizer) -> Dataset:
@@ -31,6 +41,7 @@ def to_trl(rows: list[dict[str, Any]], arguments: Examples, tokenizer: Tokenizer
 
 def main(argv: list[str] | None = None) -> None:
     arguments, config, model_config = parse(Examples, SFTConfig, ModelConfig, argv=argv)
+    checkpoint = checkpoint_to_resume(arguments, config.output_dir)
     train_rows, eval_rows = read_examples(arguments, ("messages",), arguments.questions)
     tokenizer = load_tokenizer(model_config.model_name_or_path)
     trainer = SFTTrainer(
@@ -41,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
     )
-    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if eval_rows:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()

@@ -71,6 +71,8 @@ def test_cast_is_bit_for_bit(dtype: torch.dtype, format: str, scaling: str) -> N
                 expected, got = default_quantize(*args[0]), torch.ops.hf_lowprec.quantize(*args[1])
                 _assert_same_codes(expected[0], got[0].cpu())
                 assert torch.equal(expected[1], got[1].cpu())
+                if start is None:
+                    assert torch.equal(expected[1], ops.current_scale(args[1][0], args[1][1]).cpu())
                 for cpu, gpu in zip(args[0][4:6], args[1][4:6], strict=True):
                     assert cpu is None or torch.equal(cpu, gpu.cpu())
                 if format == "e4m3fn":

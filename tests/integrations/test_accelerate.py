@@ -186,7 +186,7 @@ def test_prepare_everything_at_once(capsys):
     assert scheduler.scheduler.optimizer is optimizer.optimizer
     loss = train(accelerator, model, optimizer)
     assert loss[-1] < loss[0] - 0.5
-    assert next(iter(optimizer.state.values()))["exp_avg"].dtype == torch.float8_e4m3fn
+    assert next(iter(optimizer.state.values()))["exp_avg_qdata"].dtype == torch.float8_e4m3fn
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.5e-2
     said = capsys.readouterr().err

@@ -273,7 +273,7 @@ def test_resume_continues_bit_for_bit(common, dtype):
 
     on_disk = torch.load(f"{saved}/optimizer.pt", weights_only=True)
     assert "hf_lowprec" in on_disk
-    assert any(state["exp_avg"].dtype == torch.float8_e4m3fn for state in on_disk["state"].values())
+    assert any(state["exp_avg_qdata"].dtype == torch.float8_e4m3fn for state in on_disk["state"].values())
     assert_same(snapshot.state, on_disk)
     assert losses(resumed) == losses(straight)
     assert_same(resumed.model.state_dict(), straight.model.state_dict())
@@ -294,4 +294,4 @@ def test_bf16_checkpoint_continues_in_low_precision(common):
     before = run(args)
     after = run(LowPrecTrainingArguments(**common, lowprec="fp8-lm"), resume=f"{args.output_dir}/checkpoint-2")
     assert losses(after)[:2] == losses(before)[:2] and losses(after)[2] == pytest.approx(losses(before)[2], rel=0.02)
-    assert all(state["exp_avg"].dtype == torch.float8_e4m3fn for state in optimizer_of(after).state.values())
+    assert all(state["exp_avg_qdata"].dtype == torch.float8_e4m3fn for state in optimizer_of(after).state.values())

@@ -127,10 +127,10 @@ def test_l2_states_in_low_precision_are_those_of_the_decayed_gradient():
         for _ in range(3):
             param.grad = torch.full_like(param, 1e-3)
             optimizer.step()
-        state = optimizer.state[param]
-        scale = state.get("exp_avg_sq_scale", torch.tensor(1.0))
-        stored[states] = state["exp_avg_sq"].float() * scale
-    torch.testing.assert_close(stored["fp8-lm"], stored["fp32"], rtol=2e-3, atol=1e-9)
+        stored[states] = optimizer.state[param]
+    low, full = stored["fp8-lm"], stored["fp32"]
+    dequantised = low["exp_avg_sq_qdata"].float() * low["exp_avg_sq_scale"]
+    torch.testing.assert_close(dequantised, full["exp_avg_sq"], rtol=2e-3, atol=1e-9)
 
 
 # --- where the master lives ----------------------------------------------------------------------------------------
@@ -141,8 +141,9 @@ def test_float32_parameter_is_its_own_master():
     optimizer = AdamW(model.parameters())
     train(model, optimizer, 1)
     for state in optimizer.state.values():
-        assert set(state) == {"step", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"}
-        assert state["exp_avg"].dtype == torch.float8_e4m3fn and state["exp_avg_sq"].dtype == torch.float16
+        assert set(state) == {"step", "exp_avg_qdata", "exp_avg_scale", "exp_avg_sq_qdata", "exp_avg_sq_scale"}
+        assert state["exp_avg_qdata"].dtype == torch.float8_e4m3fn
+        assert state["exp_avg_sq_qdata"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -152,11 +153,11 @@ def test_16_bit_parameter_follows_its_scaled_float16_master(dtype):
     train(model, optimizer, 3)
     for param in model.parameters():
         state = optimizer.state[param]
-        assert state["master"].dtype == torch.float16
-        assert torch.equal(param, (state["master"].float() * state["master_scale"]).to(dtype))
+        assert state["master_qdata"].dtype == torch.float16
+        assert torch.equal(param, (state["master_qdata"].float() * state["master_scale"]).to(dtype))
     if dtype == torch.bfloat16:  # three bits more
         state = optimizer.state[model[0].weight]
-        assert (state["master"].float() * state["master_scale"] != model[0].weight).any()
+        assert (state["master_qdata"].float() * state["master_scale"] != model[0].weight).any()
 
 
 def test_an_edited_parameter_wins_over_its_master():
@@ -165,12 +166,12 @@ def test_an_edited_parameter_wins_over_its_master():
     param.grad = torch.ones_like(param)
     optimizer.step()
     state = optimizer.state[param]
-    untouched = (state["master"].float() * state["master_scale"])[1:]
+    untouched = (state["master_qdata"].float() * state["master_scale"])[1:]
     with torch.no_grad():
         param[0] = 3.0
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
-    master = state["master"].float() * state["master_scale"]
+    master = state["master_qdata"].float() * state["master_scale"]
     assert (master[0] == 3).all() and (param[0] == 3).all()
     torch.testing.assert_close(master[1:], untouched, rtol=2e-3, atol=0)
 
@@ -182,7 +183,7 @@ def test_16_bit_parameter_without_master_is_rounded_as_the_recipe_says(update, m
     for _ in range(20):
         param.grad = torch.ones_like(param)
         optimizer.step()
-    assert param.dtype == torch.bfloat16 and "master" not in optimizer.state[param]
+    assert param.dtype == torch.bfloat16 and not any("master" in key for key in optimizer.state[param])
     moved = 1 - param.float().mean().item()
     assert abs(moved - 20e-4) < 4e-4 if moves else moved == 0
 
@@ -198,8 +199,8 @@ def test_mixed_dtypes_groups_and_their_own_states():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.state[full]["exp_avg"].dtype == torch.float32
-    assert optimizer.state[half]["exp_avg"].dtype == torch.float8_e4m3fn
-    assert optimizer.state[late]["exp_avg_sq"].dtype == torch.float16
+    assert optimizer.state[half]["exp_avg_qdata"].dtype == torch.float8_e4m3fn
+    assert optimizer.state[late]["exp_avg_sq_qdata"].dtype == torch.float16
     assert unused not in optimizer.state
     torch.testing.assert_close(before - late, torch.full_like(late, 0.5) + 0.5 * 0.01 * before, rtol=1e-5, atol=1e-6)
     assert [g["states"] for g in optimizer.param_groups] == ["fp32", "fp8-lm", "#2b"]

@@ -86,8 +86,8 @@ def test_a_stepped_optimizer_is_carried_over(theirs, ours, fused):
         assert not {"fused", "foreach", "capturable", "amsgrad", "differentiable"} & set(group)
     assert not hasattr(new, "_step_supports_amp_scaling")
     state, truth = new.state[model.weight], twin_optimizer.state[twin.weight]
-    assert state["exp_avg"].dtype == torch.float8_e4m3fn and state["step"] == 3
-    m, v = (state[k].float() * state[f"{k}_scale"] for k in ("exp_avg", "exp_avg_sq"))
+    assert state["exp_avg_qdata"].dtype == torch.float8_e4m3fn and state["step"] == 3
+    m, v = (state[f"{k}_qdata"].float() * state[f"{k}_scale"] for k in ("exp_avg", "exp_avg_sq"))
     torch.testing.assert_close(m, truth["exp_avg"], rtol=1 / 16, atol=state["exp_avg_scale"].item() / 512)
     torch.testing.assert_close(v, truth["exp_avg_sq"], rtol=1e-3, atol=1e-10)
     for seed in range(3, 6):
@@ -118,7 +118,7 @@ def test_a_16_bit_parameter_gets_its_master():
     new = AdamW.adopt(old, "fp8-lm")
     state = new.state[model.weight]
     assert torch.equal(model.weight, weight)
-    assert torch.equal((state["master"].float() * state["master_scale"]).bfloat16(), weight)
+    assert torch.equal((state["master_qdata"].float() * state["master_scale"]).bfloat16(), weight)
 
 
 def test_the_old_step_still_steps_once_and_with_the_same_hooks():

@@ -17,6 +17,7 @@ BLOCKS = States(
     exp_avg=Quant(format="e4m3fn", scaling=Scaling(granularity="block", block=(32,), snap="rceil", store="e8m0")),
     exp_avg_sq=Quant(format="e3m4", scaling=Scaling(granularity="block", block=(32,))),
 )
+SECOND = States(exp_avg_sq=Quant(format="e5m10"))  # the first moment stays float32
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -153,19 +154,32 @@ def corrupt(change):
 
 BROKEN = {
     "missing scale": (corrupt(lambda s: s.pop("exp_avg_scale")), "parameter 1: the checkpoint lacks exp_avg_scale"),
-    "missing master": (corrupt(lambda s: (s.pop("master"), s.pop("master_scale"))), "lacks master, master_scale"),
+    "missing master": (
+        corrupt(lambda s: (s.pop("master_qdata"), s.pop("master_scale"))),
+        "lacks master_qdata, master_scale",
+    ),
+    "codes as a plain slot": (
+        corrupt(lambda s: s.update(exp_avg=s.pop("exp_avg_qdata"))),
+        "parameter 1: the checkpoint lacks exp_avg_qdata",
+    ),
     "unknown key": (corrupt(lambda s: s.update(momentum=torch.zeros(()))), "unexpected momentum"),
-    "shape": (corrupt(lambda s: s.update(exp_avg=s["exp_avg"][:2])), r"exp_avg should be .*\(4, 8\)"),
-    "cast dtype": (corrupt(lambda s: s.update(exp_avg=s["exp_avg"].bfloat16())), "exp_avg should be torch.float8_e4m"),
-    "not a tensor": (corrupt(lambda s: s.update(exp_avg=[1.0])), "exp_avg is a list"),
+    "shape": (
+        corrupt(lambda s: s.update(exp_avg_qdata=s["exp_avg_qdata"][:2])),
+        r"exp_avg_qdata should be .*\(4, 8\)",
+    ),
+    "cast dtype": (
+        corrupt(lambda s: s.update(exp_avg_qdata=s["exp_avg_qdata"].bfloat16())),
+        "exp_avg_qdata should be torch.float8_e4m",
+    ),
+    "not a tensor": (corrupt(lambda s: s.update(exp_avg_qdata=[1.0])), "exp_avg_qdata is a list"),
     "NaN scale": (corrupt(lambda s: s.update(exp_avg_scale=s["exp_avg_scale"] * torch.nan)), "finite and positive"),
     "zero scale": (corrupt(lambda s: s.update(exp_avg_sq_scale=s["exp_avg_sq_scale"] * 0)), "finite and positive"),
     "NaN code": (
-        corrupt(lambda s: s.update(exp_avg=torch.full((4, 8), torch.nan).to(torch.float8_e4m3fn))),
+        corrupt(lambda s: s.update(exp_avg_qdata=torch.full((4, 8), torch.nan).to(torch.float8_e4m3fn))),
         "exp_avg holds NaN or Inf",
     ),
-    "Inf master": (corrupt(lambda s: s.update(master=s["master"] * torch.inf)), "master holds NaN or Inf"),
-    "negative v": (corrupt(lambda s: s.update(exp_avg_sq=-s["exp_avg_sq"] - 1)), "negative values"),
+    "Inf master": (corrupt(lambda s: s.update(master_qdata=s["master_qdata"] * torch.inf)), "master holds NaN or Inf"),
+    "negative v": (corrupt(lambda s: s.update(exp_avg_sq_qdata=-s["exp_avg_sq_qdata"] - 1)), "negative values"),
     "step": (corrupt(lambda s: s.update(step=torch.tensor(-1.0))), "step is -1"),
     "stranger": (lambda d: d["state"].update({99: d["state"][1]}), "state for 99"),
     "groups": (lambda d: d["param_groups"].pop(), r"parameters per group: the optimizer has \[2, 2\]"),
@@ -199,7 +213,7 @@ def test_a_master_for_a_float32_parameter_is_refused():
     model, optimizer = built(torch.bfloat16)
     train(model, optimizer, range(1))
     _, full = built(torch.float32)
-    with pytest.raises(ValueError, match=r"unexpected master.*16-bit Parameter"):
+    with pytest.raises(ValueError, match=r"unexpected master_qdata.*16-bit Parameter"):
         full.load_state_dict(optimizer.state_dict())
 
 
@@ -209,8 +223,8 @@ def test_named_parameters_are_named_in_errors():
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     broken = copy.deepcopy(optimizer.state_dict())
-    del broken["state"][1]["exp_avg"]
-    with pytest.raises(ValueError, match="state of parameter bias: the checkpoint lacks exp_avg"):
+    del broken["state"][1]["exp_avg_qdata"]
+    with pytest.raises(ValueError, match="state of parameter bias: the checkpoint lacks exp_avg_qdata"):
         optimizer.load_state_dict(broken)
 
 
@@ -242,7 +256,7 @@ def test_torch_checkpoints_are_converted_with_a_warning(dtype):
     ours, theirs = optimizer.state_dict()["state"], stock.state_dict()["state"]
     for key, mine in ours.items():
         assert mine["step"] == theirs[key]["step"] == 5
-        m, v = (mine[name].float() * mine[f"{name}_scale"] for name in ("exp_avg", "exp_avg_sq"))
+        m, v = (mine[f"{name}_qdata"].float() * mine[f"{name}_scale"] for name in ("exp_avg", "exp_avg_sq"))
         tiny = mine["exp_avg_scale"].item() / 512
         torch.testing.assert_close(m, theirs[key]["exp_avg"].float(), rtol=1 / 16, atol=tiny)
         torch.testing.assert_close(v, theirs[key]["exp_avg_sq"].float(), rtol=1e-3, atol=1e-9)
@@ -268,6 +282,22 @@ def test_torch_checkpoints_into_float32_states_are_exact_and_silent(recwarn):
     optimizer.step()
     assert all(torch.equal(p, twin) for p, twin in zip(params, twin_params, strict=True))
     assert not [w for w in recwarn if "quantised" in str(w.message)]
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("states, lacking", [("fp8-lm", "exp_avg"), (BLOCKS, "exp_avg"), (SECOND, "exp_avg_sq")])
+def test_torch_stops_at_our_checkpoints_instead_of_reading_codes_as_moments(states, lacking, foreach):
+    model, optimizer = built(torch.float32, states)
+    train(model, optimizer, range(3))
+    stock = torch.optim.AdamW(copy.deepcopy(optimizer.param_groups), foreach=foreach)
+    stock.load_state_dict(optimizer.state_dict())
+    params = [p for group in stock.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(KeyError, match=f"^'{lacking}'$"):
+        stock.step()
+    assert same(params, before)
 
 
 def test_torch_checkpoints_that_cannot_be_converted():

@@ -20,7 +20,7 @@ SR = Rounding(mode="stochastic")
 
 def slot(optimizer: AdamW, param: torch.Tensor, name: str) -> torch.Tensor:
     state = optimizer.state[param]
-    return state[name].float() * state.get(f"{name}_scale", 1.0)
+    return state[name] if name in state else state[f"{name}_qdata"].float() * state[f"{name}_scale"]
 
 
 # --- FP8-LM, arXiv 2310.18313, table 6 -----------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def moved(states: States | str, dtype: torch.dtype = torch.bfloat16) -> torch.Te
     for _ in range(1000):
         param.grad = -weights
         optimizer.step()
-    if "master" in optimizer.state[param]:
+    if "master_qdata" in optimizer.state[param]:
         return 100 * (slot(optimizer, param, "master") / weights.float() - 1)
     return 100 * (param.detach().float() / weights.float() - 1)
 

@@ -42,7 +42,7 @@ def launch(script: str, *arguments: object, check: bool = True) -> str:
     command += ["--mixed_precision", PRECISION, str(RECIPES / script), *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_LOWPREC", "ACCELERATE"))}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     output = done.stdout + done.stderr
     if check:
         assert done.returncode == 0, output[-4000:]
@@ -270,6 +270,8 @@ def test_bad_examples(case: str, script: str, tmp_path: Path, main_of: Callable[
         (["--dataset_name", "absent.jsonl"], "no such file: absent.jsonl"),
         (["--dataset_name", "reasoning-gym", "--dataset_config", "chain_summ"], "reasoning-gym: .*chain_summ"),
         (["--dataset_name", "reasoning-gym", "--model_name_or_path", "./absent"], "no model folder './absent'"),
+        (["--dataset_name", "reasoning-gym"], "model_name_or_path is missing"),
+        (["--dataset_name", "reasoning-gym", "--resume"], "--resume: no checkpoint in"),
         (["absent.yaml"], "cannot read the settings in absent.yaml"),
         (["--dataset_name", "x", "--learning_rat", "1"], "unknown arguments: --learning_rat 1"),
     ],
@@ -328,6 +330,14 @@ def test_dpo_refuses_answers_without_numbers(tmp_path: Path, main_of: Callable[.
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
+
+
+def test_text_folder_leaves_out_hidden_folders_only(tmp_path: Path) -> None:
+    for name in ("a.py", "tests/b.md", ".git/c.txt", "d.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert sorted(sources.read_texts(str(tmp_path), None, "train", "text", 1000)) == ["a.py", "tests/b.md"]
+    assert sum(map(len, sources.read_texts(str(tmp_path), None, "train", "text", 7))) == 7
 
 
 @pytest.mark.parametrize("answer", ["7", "-12", "It takes 3 days and costs 1,234 dollars.\n#### 1,234", "0.5 apples"])

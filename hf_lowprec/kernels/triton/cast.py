@@ -11,6 +11,9 @@ Neither kernel uses `tl.minimum`/`tl.maximum` with NaN propagation: beside one-b
 
 from __future__ import annotations
 
+import struct
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -49,6 +52,15 @@ def _scale_of(amax, FMT_MAX: tl.constexpr, TOP_EXP: tl.constexpr, TOP_MAN: tl.co
 
 
 @triton.jit
+def _scale_kernel(
+    partial_ptr, scale_ptr, FMT_MAX: tl.constexpr, TOP_EXP: tl.constexpr, TOP_MAN: tl.constexpr,
+    MARGIN: tl.constexpr, POW2: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    amax = tl.max(tl.load(partial_ptr + tl.arange(0, PARTIALS)), 0)
+    tl.store(scale_ptr, _scale_of(amax, FMT_MAX, TOP_EXP, TOP_MAN, MARGIN, POW2))
+
+
+@triton.jit
 def _cast_kernel(
     x_ptr, q_ptr, partial_ptr, given_ptr, scale_ptr, amax_ptr, counts_ptr, n, sample_stride,
     FMT_MAX: tl.constexpr, HALF_TINY: tl.constexpr, TOP_EXP: tl.constexpr, TOP_MAN: tl.constexpr,
@@ -80,26 +92,59 @@ def _cast_kernel(
     y = tl.where(finite, y, float("nan"))
     tl.store(q_ptr + offset, y.to(q_ptr.dtype.element_ty), mask=inside)
     if COUNT:
-        seen = inside & (offset % sample_stride == 0)
-        tl.atomic_add(counts_ptr, tl.sum(seen.to(tl.int64), 0))
-        tl.atomic_add(counts_ptr + 1, tl.sum((seen & finite & (magnitude > FMT_MAX)).to(tl.int64), 0))
-        tl.atomic_add(counts_ptr + 2, tl.sum((seen & (magnitude > 0) & (magnitude <= HALF_TINY)).to(tl.int64), 0))
-        tl.atomic_add(counts_ptr + 3, tl.sum((seen & (finite == 0)).to(tl.int64), 0))
+        # All programs add to the same three numbers; nearly all have nothing to add and must not queue for it.
+        # One 64-bit remainder per program, 32-bit ones per element.
+        first = ((pid.to(tl.int64) * BLOCK) % sample_stride).to(tl.int32)
+        seen = inside & ((first + tl.arange(0, BLOCK)) % sample_stride == 0)
+        saturated = tl.sum((seen & finite & (magnitude > FMT_MAX)).to(tl.int64), 0)
+        underflow = tl.sum((seen & (magnitude > 0) & (magnitude <= HALF_TINY)).to(tl.int64), 0)
+        nonfinite = tl.sum((seen & (finite == 0)).to(tl.int64), 0)
+        if pid == 0:
+            tl.atomic_add(counts_ptr, (n + sample_stride - 1) // sample_stride)
+        if saturated > 0:
+            tl.atomic_add(counts_ptr + 1, saturated)
+        if underflow > 0:
+            tl.atomic_add(counts_ptr + 2, underflow)
+        if nonfinite > 0:
+            tl.atomic_add(counts_ptr + 3, nonfinite)
+
+
+class FormatConstants(NamedTuple):
+    """What the kernels know of a format and its scaling, at compile time."""
+
+    fmt_max: float
+    half_tiny: float
+    top_exp: int
+    top_man: int
+    margin: int
+    pow2: bool
+
+    @classmethod
+    def of(cls, fmt_max: float, tiny: float, margin: int, pow2: bool) -> FormatConstants:
+        (bits,) = struct.unpack("i", struct.pack("f", fmt_max))
+        return cls(fmt_max, tiny / 2, bits >> 23, bits & 0x7FFFFF, margin, pow2)
+
+
+def current_scale(x: Tensor, constants: FormatConstants) -> Tensor:
+    """The scale from the finite amax of a contiguous tensor, 0-dim float32."""
+    scale = torch.empty((), dtype=torch.float32, device=x.device)
+    _scale_kernel[(1,)](
+        _partial_amax(x), scale, FMT_MAX=constants.fmt_max, TOP_EXP=constants.top_exp, TOP_MAN=constants.top_man,
+        MARGIN=constants.margin, POW2=constants.pow2, PARTIALS=PARTIALS,
+    )  # fmt: skip
+    return scale
 
 
 def cast(
     x: Tensor,
     dtype: torch.dtype,
     given: Tensor | None,
+    constants: FormatConstants,
     *,
     fixed: bool,
     amax: Tensor | None,
     counts: Tensor | None,
     sample_stride: int,
-    fmt_max: float,
-    tiny: float,
-    pow2: bool,
-    margin: int,
 ) -> tuple[Tensor, Tensor]:
     """(qdata, scale) of a contiguous float32, bfloat16 or float16 tensor on a GPU.
 
@@ -107,20 +152,23 @@ def cast(
     """
     n = x.numel()
     qdata = torch.empty(x.shape, dtype=dtype, device=x.device)
-    partial = x  # an unused pointer, unless:
-    scale = given
-    if not fixed:
-        partial = torch.empty(PARTIALS, dtype=torch.float32, device=x.device)
-        scale = torch.empty((), dtype=torch.float32, device=x.device)
-        per_program = triton.cdiv(triton.cdiv(n, PARTIALS), _BLOCK) * _BLOCK
-        _amax_kernel[(PARTIALS,)](x, partial, n, per_program, BLOCK=_BLOCK, num_warps=8)
+    # Pointers that a variant does not use are passed as x.
+    partial = x if fixed else _partial_amax(x)
+    scale = given if fixed else torch.empty((), dtype=torch.float32, device=x.device)
     assert scale is not None
-    bits = int(torch.tensor(fmt_max, dtype=torch.float32).view(torch.int32).item())
     _cast_kernel[(max(1, triton.cdiv(n, _BLOCK)),)](
         x, qdata, partial, scale if given is None else given, scale, x if amax is None else amax,
         x if counts is None else counts, n, sample_stride,
-        FMT_MAX=fmt_max, HALF_TINY=tiny / 2, TOP_EXP=bits >> 23, TOP_MAN=bits & 0x7FFFFF, MARGIN=margin, POW2=pow2,
+        FMT_MAX=constants.fmt_max, HALF_TINY=constants.half_tiny, TOP_EXP=constants.top_exp,
+        TOP_MAN=constants.top_man, MARGIN=constants.margin, POW2=constants.pow2,
         FIXED=fixed, DELAYED=given is not None and not fixed, OBSERVE=amax is not None, COUNT=counts is not None,
         PARTIALS=PARTIALS, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return qdata, scale
+
+
+def _partial_amax(x: Tensor) -> Tensor:
+    partial = torch.empty(PARTIALS, dtype=torch.float32, device=x.device)
+    per_program = triton.cdiv(triton.cdiv(x.numel(), PARTIALS), _BLOCK) * _BLOCK
+    _amax_kernel[(PARTIALS,)](x, partial, x.numel(), per_program, BLOCK=_BLOCK, num_warps=8)
+    return partial
