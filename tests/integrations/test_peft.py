@@ -140,3 +140,42 @@ def test_adapter_checkpoint_resumes(tmp_path):
     straight, resumed = run(), run(str(tmp_path / "out/checkpoint-2"))
     for (name, a), b in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def held_for_backward(model: nn.Module) -> int:
+    """Bytes that a forward pass leaves behind for backward beside the Parameters, low-precision copies included."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.arange(3, 67).remainder(100).view(4, 16)
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        for module in model.modules():
+            frozen = getattr(getattr(module, "_lowprec", None), "frozen", None)
+            for tensor in frozen or ():
+                keep(tensor)
+    loss.backward()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_holds_no_more_than_bf16_lora(dtype):
+    """float32 base: one FP8 copy of a frozen weight instead of autocast's bf16 one. bf16 base: no copy at all."""
+    plain, ours = lora(llama(dtype=dtype)), lora(llama(dtype=dtype))
+    hf_lowprec.convert(ours, "fp8-lm")
+    baseline, held = held_for_backward(plain), held_for_backward(ours)
+    assert held <= baseline + 8 * LINEARS, (held, baseline)  # a float32 scale of each weight
+    frozen = [m._lowprec.frozen for m in ours.modules() if hasattr(m, "_lowprec")]
+    if dtype == torch.float32:
+        weights = sum(m.weight.numel() for m in ours.modules() if hasattr(m, "_lowprec"))
+        assert all(copy is not None for copy in frozen) and baseline - held >= 0.8 * weights
+    else:
+        assert not any(frozen)
