@@ -91,10 +91,12 @@ def convert(
     report.emulated = emulated
     if chosen.quantises_gemms and not modules:
         raise NothingConvertedError(f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}")
+    # Not `emulated`: a model that is still on the CPU runs natively once it has moved to a GPU.
+    always = emulate or native_nowhere(chosen) is not None
     layers: dict[str, LayerState] = {}
     for index, (name, module) in enumerate(modules.items()):
         kn = type(module) is not nn.Linear
-        state = LayerState.create(chosen, index, weight_is_kn=kn, emulate=emulate)
+        state = LayerState.create(chosen, index, weight_is_kn=kn, emulate=always)
         if (device := _weight(module).device).type != "meta":
             state.to(device)
         layers[name] = state
@@ -300,6 +302,8 @@ def _emulates(model: nn.Module, recipe: Recipe, emulate: bool) -> bool:
     """Whether the GEMMs will be emulated. Raises ConversionError for a GPU that would need `emulate=True`."""
     if emulate or not recipe.quantises_gemms:
         return emulate
+    if native_nowhere(recipe) is not None:
+        return True
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type in ("cpu", "meta"):  # it may move to the GPU later, where every GEMM is checked again
         return not torch.cuda.is_available()
@@ -317,6 +321,11 @@ def native_problem(recipe: Recipe, device: torch.device) -> str | None:
     if capability < (8, 9):
         name = f"{torch.cuda.get_device_name(device)} is sm_{capability[0]}{capability[1]}"
         return f"recipe {recipe.name!r} needs FP8 tensor cores (sm_89 or newer), {name}"
+    return native_nowhere(recipe)
+
+
+def native_nowhere(recipe: Recipe) -> str | None:
+    """What keeps `recipe` from any GPU's tensor cores, or None. Such a recipe is emulated, and the summary says so."""
     for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad):
         for quant in (gemm.input, gemm.weight, gemm.grad_output):
             if quant is None:
@@ -329,5 +338,5 @@ def native_problem(recipe: Recipe, device: torch.device) -> str | None:
 
 __all__ = [
     "ConversionError", "ConversionReport", "NothingConvertedError", "convert", "high_precision", "invalidate",
-    "native_problem", "recipe_of", "report_of", "revert", "session_of",
+    "native_nowhere", "native_problem", "recipe_of", "report_of", "revert", "session_of",
 ]  # fmt: skip

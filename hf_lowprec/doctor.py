@@ -15,7 +15,7 @@ import torch
 
 from hf_lowprec import __version__
 from hf_lowprec._autoload import AUTOLOAD_ENV, RECIPE_ENV
-from hf_lowprec.conversion import native_problem
+from hf_lowprec.conversion import native_nowhere, native_problem
 from hf_lowprec.recipe import PRESETS, Recipe, RecipeError, get_recipe
 
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "trl")
@@ -52,6 +52,8 @@ def runs_here(recipe: Recipe) -> tuple[str, str]:
     problem = native_problem(recipe, torch.device("cuda", torch.cuda.current_device()))
     if problem is None:
         return "native", "FP8 tensor cores"
+    if native_nowhere(recipe) is not None:
+        return "emulated", problem
     return "refused", f"{problem}; convert(..., emulate=True) computes the same numbers slowly"
 
 

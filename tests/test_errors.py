@@ -149,6 +149,8 @@ def test_recipes_that_no_gpu_has(gpu: Callable[[int, int], None]) -> None:
     quant = {"format": "e4m3fn", "scaling": blocks}
     recipe = hf_lowprec.Recipe.from_dict({"name": "mine", "fprop": {"input": quant, "weight": quant}})
     assert native_problem(recipe, torch.device("cuda")) == "recipe 'mine' uses e4m3fn per block, native nowhere yet"
+    report = hf_lowprec.convert(model := OnGpu(nn.Linear(32, 32)), recipe)
+    assert "emulated GEMMs" in report.summary() and model[0]._lowprec.spec.emulate
     assert "no kernels for device type 'mps'" in str(native_problem(PRESETS["fp8-lm"], torch.device("mps")))
 
 
