@@ -26,7 +26,7 @@ from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, original_class, set_class
 from hf_lowprec.recipe import Accumulation, Recipe, get_recipe
 from hf_lowprec.report import ConversionReport
-from hf_lowprec.session import Session, session_of
+from hf_lowprec.session import Session, live_sessions, session_of
 
 # Matched against whole dotted parts of a module's name.
 _HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "qa_outputs", "v_head", "value_head",
@@ -49,7 +49,7 @@ def convert(
     model: nn.Module,
     recipe: str | Path | dict[str, Any] | Recipe,
     *,
-    modules_to_not_convert: Sequence[str] | None = None,
+    modules_to_not_convert: Sequence[str] | str | None = None,
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
     emulate: bool = False,
 ) -> ConversionReport:
@@ -70,6 +70,9 @@ def convert(
         NothingConvertedError: the recipe quantises GEMMs and no module qualified.
     """
     chosen = get_recipe(recipe)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes an nn.Module, not a {type(model).__name__}: load the model first")
+    excluded = _patterns(modules_to_not_convert)
     if isinstance(model, nn.DataParallel):
         raise ConversionError(
             "nn.DataParallel copies the model at every step and loses its scales; start one process per GPU with "
@@ -78,16 +81,13 @@ def convert(
     model = _unwrapped(model)
     existing = session_of(model)
     if existing is not None:
-        if existing.recipe != chosen:
-            raise ConversionError(
-                f"the model is already converted with recipe {existing.recipe.name!r}, not {chosen.name!r}; call "
-                "hf_lowprec.revert(model) first"
-            )
+        _check_same(existing, model, chosen, excluded, module_filter_fn)
         return existing.report
+    _release_orphans(model)
     _refuse_what_nothing_reads(chosen)
     emulated = _emulates(model, chosen, emulate)
-    report, modules = _select(model, chosen, [*chosen.modules_to_not_convert, *(modules_to_not_convert or ())],
-                              module_filter_fn, aligned=not emulated)  # fmt: skip
+    patterns = [*chosen.modules_to_not_convert, *excluded]
+    report, modules = _select(model, chosen, patterns, module_filter_fn, aligned=not emulated)
     report.emulated = emulated
     if chosen.quantises_gemms and not modules:
         raise NothingConvertedError(f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}")
@@ -108,16 +108,35 @@ def convert(
 
 
 def revert(model: nn.Module) -> None:
-    """Undo `convert`: the original classes, no state left. Weights are untouched; a model never converted is fine."""
+    """Undo `convert`: the original classes, no state left. Weights are untouched; a model never converted is fine.
+
+    Raises ConversionError: `model` is a part of what was converted together.
+    """
     session = session_of(model)
-    if session is None:
-        return
-    # The root may have lost layers to the model (PEFT's merge_and_unload), so look at both.
-    for module in {*session.root.modules(), *model.modules()}:
-        if isinstance(module, LowPrecMixin):
-            set_class(module, original_class(module))
-            del module._lowprec
-    session.end()
+    if session is not None:
+        mine = {id(m._lowprec) for m in model.modules() if isinstance(m, LowPrecMixin)}
+        left = [name for name, layer in session.scaling.layers.items() if id(layer) not in mine]
+        # The root may have lost layers to the model (PEFT's merge_and_unload): a part that holds them all will do.
+        if left and not any(m is session.root for m in model.modules()):
+            raise ConversionError(f"this is a part of a converted model, without {left[0]!r}: revert the whole model")
+        for module in {*session.root.modules(), *model.modules()}:
+            _restore(module)
+        session.end()
+    _release_orphans(model)
+
+
+def _restore(module: nn.Module) -> None:
+    if isinstance(module, LowPrecMixin):
+        set_class(module, original_class(module))
+        del module._lowprec
+
+
+def _release_orphans(model: nn.Module) -> None:
+    """Restore converted layers that belong to no conversion: copies, taken out of a converted model one by one."""
+    owned = {id(layer) for session in live_sessions() for layer in session.scaling.layers.values()}
+    for module in model.modules():
+        if isinstance(module, LowPrecMixin) and id(module._lowprec) not in owned:
+            _restore(module)
 
 
 @contextmanager
@@ -222,8 +241,8 @@ def _reason(
     # A `gate` beside `up` belongs to a gated MLP, one beside experts chooses among them.
     if parts[-1] in _ROUTERS and any("expert" in child for child, _ in parent.named_children()):
         return "router"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight directly"
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"nn.{type(parent).__name__} reads its weight directly"
     if forward_is_replaced(module):
         return "its forward was replaced on the instance"
     if weight.dtype not in _DTYPES:
@@ -282,6 +301,49 @@ def _matches(pattern: str, name: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error:
         return False
+
+
+def _patterns(patterns: Sequence[str] | str | None) -> list[str]:
+    """As a list; one string is one pattern. Raises ConversionError for a pattern that is no regular expression."""
+    listed = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    for pattern in listed:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConversionError(f"modules_to_not_convert: {pattern!r} is no regular expression: {error}") from None
+    return listed
+
+
+def _check_same(
+    existing: Session,
+    model: nn.Module,
+    chosen: Recipe,
+    excluded: list[str],
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+) -> None:
+    """Raises ConversionError unless converting `model` once more would change nothing."""
+    for other in {existing, *(s for s in live_sessions() if any(m is s.root for m in model.modules()))}:
+        if other.recipe != chosen:
+            raise ConversionError(
+                f"the model is already converted with recipe {other.recipe.name!r}, not {chosen.name!r}"
+                f"{other.recipe.difference(chosen)}; call hf_lowprec.revert(model) first"
+            )
+    modules = dict(existing.root.named_modules())
+    for name in existing.report.converted:
+        refused = filter_fn is not None and name in modules and not filter_fn(modules[name], name)
+        if refused or any(_matches(pattern, name) for pattern in excluded):
+            raise ConversionError(
+                f"the model is already converted, {name!r} included, which is to be left alone now: call "
+                "hf_lowprec.revert(model) first"
+            )
+    inside = {id(m) for m in existing.root.modules()}
+    _, would = _select(model, chosen, list(chosen.modules_to_not_convert), None, aligned=not existing.report.emulated)
+    outside = [name for name, module in would.items() if id(module) not in inside]
+    if outside:
+        raise ConversionError(
+            f"a part of the model is already converted, {len(outside)} linears beside it are not ({outside[0]!r}): "
+            "call hf_lowprec.revert on the part and convert the whole"
+        )
 
 
 def _refuse_what_nothing_reads(recipe: Recipe) -> None:

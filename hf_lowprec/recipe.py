@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -57,8 +58,8 @@ class Scaling:
 
     granularity: `tensor`, `row`, `column`, `block` (`block=(k,)` along the GEMM's reduction axis), `tile` (`(m, n)`).
     method: `none` (scale 1), `static` (2**exponent), `current` (this tensor's amax), `delayed` (amax history).
-    history, algorithm, margin: delayed only: amax of `history` steps, their `max` or the `most_recent`; the scale
-        leaves `margin` powers of two of headroom.
+    history, algorithm: delayed only: amax of `history` steps, their `max` or the `most_recent`.
+    margin: powers of two of headroom that the scale leaves.
     snap: how the scale is rounded: `exact`; `rceil`, `ocp`, `ceil`, `even` are powers of two (OCP MX v1.0 and its
         variants; `rceil` never overflows the format).
     store: `float32` or `e8m0` (needs a power-of-two snap).
@@ -232,6 +233,16 @@ class Recipe:
                 raise ValueError(f"{second}.{slot}: delayed scaling needs the format and scaling of {first}.{slot}")
         return self
 
+    @field_validator("modules_to_not_convert")
+    @classmethod
+    def _expressions(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
     @property
     def quantises_gemms(self) -> bool:
         return any(g.quantised for g in (self.fprop, self.dgrad, self.wgrad))
@@ -240,6 +251,14 @@ class Recipe:
         """Plain data without the fields that hold their default. `from_dict` reads it back equal."""
         out: dict[str, Any] = _ADAPTER.dump_python(self, mode="json", exclude_defaults=True)
         return out
+
+    def difference(self, other: Recipe) -> str:
+        """Where two recipes of one name differ, for messages; empty if the names tell them apart."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        if self.name != other.name:
+            return ""
+        fields = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+        return f" (same name, but {', '.join(fields)} differ)"
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -403,7 +422,10 @@ def get_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
         if not path.is_file():
             raise RecipeError(f"recipe file {text!r} does not exist")
         read = Recipe.from_json if text.endswith(".json") else Recipe.from_yaml
-        return read(path.read_text(encoding="utf-8"))
+        try:
+            return read(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeError, RecipeError) as error:
+            raise RecipeError(f"recipe file {text!r}: {error}") from None
     name = ALIASES.get(text.lower().replace("_", "-"), text.lower().replace("_", "-"))
     if name in PRESETS:
         return PRESETS[name]

@@ -61,8 +61,17 @@ class ConversionReport:
         return (
             f"hf_lowprec: recipe {self.recipe.name}: converted {len(self.converted)} of {self.total_linears} linears "
             f"({self.parameter_share:.1%} of parameters, {self.flop_share:.1%} of layer GEMM FLOPs), {how} GEMMs; "
-            f"{self.optimizer}; {self.bytes_per_parameter:.2f} bytes per parameter"
+            f"{self.optimizer}; {self.bytes_per_parameter:.2f} bytes per parameter{self._warnings()}"
         )
+
+    def _warnings(self) -> str:
+        """What a reader of the one line has to know beside the success."""
+        out = ""
+        if self.unmatched_patterns:
+            out += f"; modules_to_not_convert matched nothing: {', '.join(self.unmatched_patterns)}"
+        if self.unconvertible:
+            out += f"; not converted: {len(self.unconvertible)} 3-D expert weights"
+        return out
 
     def __str__(self) -> str:
         lines = [self.summary()]
@@ -70,8 +79,6 @@ class ConversionReport:
             lines.append(f"  left alone, {reason}: {_shorten(names)}")
         for reason, names in _grouped(self.unconvertible).items():
             lines.append(f"  not a linear, {reason}: {_shorten(names)}")
-        if self.unmatched_patterns:
-            lines.append(f"  modules_to_not_convert matched nothing: {', '.join(self.unmatched_patterns)}")
         lines.extend(f"  ran {count} x {kernel}" for kernel, count in sorted(self.kernels.items()))
         return "\n".join(lines)
 

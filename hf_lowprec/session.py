@@ -14,7 +14,7 @@ from torch import nn
 from hf_lowprec.modules import ScalingState
 from hf_lowprec.modules.linear import LowPrecMixin
 from hf_lowprec.optim.gradient import GradientQuantizer
-from hf_lowprec.recipe import Recipe, get_recipe
+from hf_lowprec.recipe import Recipe, RecipeError, get_recipe
 from hf_lowprec.report import ConversionReport
 
 _LIVE: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -80,11 +80,22 @@ class Session:
         """Raises ValueError, before anything changes, unless `state` was saved by a model like this one."""
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION or "recipe" not in state:
             raise ValueError(f"low-precision state is damaged or of another version (expected {STATE_VERSION})")
-        theirs = get_recipe(state["recipe"])
-        if theirs != self.recipe:
+        try:
+            theirs = get_recipe(state["recipe"])
+        except RecipeError as error:
             raise ValueError(
-                f"the checkpoint was written with recipe {theirs.name!r}, the model trains with {self.recipe.name!r}; "
-                f"resume with the same recipe, or drop the key 'hf_lowprec' of the optimizer state to start afresh"
+                f"the checkpoint's low-precision state names a recipe that is not known here: {error}"
+            ) from None
+        if theirs != self.recipe:
+            reusable = theirs.states == self.recipe.states
+            way = (
+                "drop the key 'hf_lowprec' of the optimizer's state dict to start new scales"
+                if reusable
+                else "load the weights and start a new optimizer (its states are of other formats)"
+            )
+            raise ValueError(
+                f"the checkpoint was written with recipe {theirs.name!r}, the model trains with {self.recipe.name!r}"
+                f"{self.recipe.difference(theirs)}; resume with the same recipe, or {way}"
             )
         self.scaling.check(state.get("layers"))
         if self.gradients is not None:

@@ -405,7 +405,7 @@ def test_modules_to_not_convert(pattern: str, left: list[str]) -> None:
     assert report.unmatched_patterns == []
 
 
-@pytest.mark.parametrize("pattern", ["q_pro", "proj", "fc1", "layers.10", "(", "self_attn.q"])
+@pytest.mark.parametrize("pattern", ["q_pro", "proj", "fc1", "layers.10", "self_attn.q"])
 def test_patterns_do_not_match_parts_of_words_and_are_reported(pattern: str) -> None:
     model = llama()
     report = hf_lowprec.convert(model, "fp8-lm", modules_to_not_convert=[pattern, "lm_head", "norm"])
@@ -476,3 +476,89 @@ def test_recipes_without_gemms_convert_nothing_and_say_so(name: str) -> None:
     assert report.converted == [] and report.flop_share == 0.0 and not report.emulated
     assert report.skipped == dict.fromkeys(["up", "down"], f"recipe {name} quantises no GEMM")
     assert same_bits(model(x), mlp()(x)) and recipe_of(model) is PRESETS[name]
+
+
+# --- a part, a copy, a second call ----------------------------------------------------------------------------------
+
+
+class TwoParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
+
+
+def test_a_converted_part_does_not_pass_for_the_whole() -> None:
+    model = TwoParts()
+    hf_lowprec.convert(model.enc, "fp8-lm")
+    with pytest.raises(hf_lowprec.ConversionError, match=r"a part .* 1 linears beside it are not \('dec.0'\)"):
+        hf_lowprec.convert(model, "fp8-lm")
+    hf_lowprec.revert(model.enc)
+    assert hf_lowprec.convert(model, "fp8-lm").converted == ["enc.0", "dec.0"]
+    with pytest.raises(hf_lowprec.ConversionError, match=r"without 'dec\.0': revert the whole"):
+        hf_lowprec.revert(model.enc)
+    assert isinstance(model.dec[0], hf_lowprec.LowPrecLinear)
+
+
+def test_parts_of_two_recipes_are_no_whole() -> None:
+    model = TwoParts()
+    hf_lowprec.convert(model.enc, "fp8-lm")
+    hf_lowprec.convert(model.dec, "te-delayed")
+    with pytest.raises(hf_lowprec.ConversionError, match="already converted with recipe 'te-delayed', not 'fp8-lm'"):
+        hf_lowprec.convert(model, "fp8-lm")
+
+
+def test_a_second_call_with_other_exclusions_is_refused() -> None:
+    model = TwoParts()
+    hf_lowprec.convert(model, "fp8-lm")
+    with pytest.raises(hf_lowprec.ConversionError, match=r"'dec\.0' included, which is to be left alone now"):
+        hf_lowprec.convert(model, "fp8-lm", modules_to_not_convert=["dec"])
+    with pytest.raises(hf_lowprec.ConversionError, match=r"'enc\.0' included"):
+        hf_lowprec.convert(model, "fp8-lm", module_filter_fn=lambda module, name: "enc" not in name)
+
+
+def test_a_second_call_may_leave_the_exclusions_out() -> None:
+    model = TwoParts()
+    first = hf_lowprec.convert(model, "fp8-lm", modules_to_not_convert="dec")  # one string is one pattern
+    assert first.converted == ["enc.0"] and not first.unmatched_patterns
+    assert hf_lowprec.convert(model, "fp8-lm") is first
+
+
+def test_a_copied_layer_in_another_model_is_converted_afresh() -> None:
+    model, other = TwoParts(), TwoParts()
+    hf_lowprec.convert(model, "fp8-lm")
+    other.enc[0] = copy.deepcopy(model.enc[0])
+    other.dec[0] = copy.deepcopy(model.dec[0])
+    report = hf_lowprec.convert(other, "fp8-lm")
+    assert report.converted == ["enc.0", "dec.0"]
+    third = nn.Sequential(copy.deepcopy(model.enc[0]))
+    hf_lowprec.revert(third)
+    assert type(third[0]) is nn.Linear
+
+
+def test_a_parametrized_layer_says_why_it_cannot_be_reverted() -> None:
+    model = TwoParts()
+    hf_lowprec.convert(model, "fp8-lm")
+    nn.utils.parametrizations.weight_norm(model.enc[0])
+    with pytest.raises(TypeError, match="parametrization"):
+        hf_lowprec.revert(model)
+
+
+def test_bad_patterns_and_models_are_named() -> None:
+    with pytest.raises(hf_lowprec.ConversionError, match=r"'\*bad\(' is no regular expression"):
+        hf_lowprec.convert(TwoParts(), "fp8-lm", modules_to_not_convert=["*bad("])
+    with pytest.raises(hf_lowprec.RecipeError, match=r"modules_to_not_convert: .* no regular expression"):
+        hf_lowprec.Recipe.from_dict({"name": "mine", "modules_to_not_convert": ["*bad("]})
+    with pytest.raises(TypeError, match=r"takes an nn\.Module, not a str"):
+        hf_lowprec.convert("gpt2", "fp8-lm")  # type: ignore[arg-type]
+
+
+def test_the_summary_line_tells_of_typos() -> None:
+    report = hf_lowprec.convert(TwoParts(), "fp8-lm", modules_to_not_convert=["dek"])
+    assert "modules_to_not_convert matched nothing: dek" in report.summary()
+
+
+def test_encoder_layers_with_a_path_around_forward_are_left_alone() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), nn.Linear(32, 32))
+    report = hf_lowprec.convert(model, "fp8-lm")
+    assert report.converted == ["1"]
+    assert "nn.TransformerEncoderLayer reads its weight directly" in report.skipped["0.linear1"]

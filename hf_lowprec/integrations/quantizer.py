@@ -38,13 +38,15 @@ class LowPrecConfig(QuantizationConfigMixin):
     def __init__(
         self,
         recipe: str | Path | dict[str, Any] | Recipe,
-        modules_to_not_convert: Sequence[str] | None = None,
+        modules_to_not_convert: Sequence[str] | str | None = None,
         quant_method: str = _METHOD,
     ) -> None:
         if quant_method != _METHOD:
             raise ValueError(f"quant_method: {quant_method!r} is not {_METHOD!r}")
         self.quant_method = _METHOD  # type: ignore[assignment]  # an enum that is closed upstream
         self.recipe = get_recipe(recipe)
+        if isinstance(modules_to_not_convert, str):
+            modules_to_not_convert = [modules_to_not_convert]
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
 
     def to_dict(self) -> dict[str, Any]:

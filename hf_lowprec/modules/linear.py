@@ -67,8 +67,13 @@ def low_precision_class(module: nn.Module) -> type | None:
 
 
 def original_class(module: nn.Module) -> type:
-    """The class that `module` had before conversion."""
-    return next(original for original, converted in _CLASSES.items() if type(module) is converted)
+    """The class that `module` had before conversion. Raises TypeError: somebody subclassed it since."""
+    original = next((o for o, converted in _CLASSES.items() if type(module) is converted), None)
+    if original is None:
+        raise TypeError(
+            f"{type(module).__name__} was made from a converted layer (by a parametrization, say): remove that first"
+        )
+    return original
 
 
 def set_class(module: nn.Module, cls: type) -> None:
