@@ -21,12 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from hf_lowprec import optim
 from hf_lowprec.formats import get_format
+from hf_lowprec.optim.adamw import BEFORE_CHECKPOINT
 from hf_lowprec.optim.states import layout, resolve_states
 from hf_lowprec.recipe import States
 from hf_lowprec.session import Session, live_sessions, session_of
 
 STATE_KEY = "hf_lowprec"
 _CARRIED = "_hf_lowprec_sessions"  # on an optimizer: the sessions whose state its state dict carries
+_TORCH_KNOWN = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # whose states the report can count
 _installed = False
 
 
@@ -46,13 +48,19 @@ _FOLLOWED: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, ...
 # One per session: an optimizer whose step raised leaves its swap to be undone by the next one.
 _SWAPS: weakref.WeakKeyDictionary[Session, optim.GradientSwap] = weakref.WeakKeyDictionary()
 
+# The optimizers attached to a session, and what the report says of each.
+_ATTACHED: weakref.WeakKeyDictionary[Session, list[tuple[weakref.ref[torch.optim.Optimizer], str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
 
 def install_hooks() -> None:
-    """Register the two step hooks, once per process."""
+    """Register the two step hooks, and have our AdamW look for its sessions before it saves or loads; once."""
     global _installed
     if not _installed:
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
+        BEFORE_CHECKPOINT.append(_followed)
         _installed = True
 
 
@@ -61,8 +69,9 @@ def attach_optimizer(
 ) -> torch.optim.Optimizer:
     """Make `optimizer` follow the model's recipe, and its state dict carry the recipe's state. Idempotent.
 
-    `Accelerator.prepare` calls it. Without it an optimizer works and saves the state from its first step on, but has
-    to be attached before it can load.
+    `Accelerator.prepare` calls it. `hf_lowprec.optim.AdamW` saves and loads the recipe's state without it. Any other
+    optimizer works without it, and saves that state from its first step on; but torch offers no way to notice what it
+    loads before, and the state in that checkpoint is dropped silently: attach before `load_state_dict`.
 
     Adam and AdamW are replaced by `hf_lowprec.optim.AdamW` over the same param groups when the recipe names optimizer
     states; any other optimizer is kept, and the report says so.
@@ -83,15 +92,13 @@ def attach_optimizer(
     states = session.recipe.states
     if keep is not None or isinstance(optimizer, optim.AdamW) or states is None:
         why = keep or ("as asked" if states is None else "already low precision")
-        session.report.optimizer = f"optimizer {type(optimizer).__name__} kept ({why})"
+        how = f"kept ({why})"
     elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         optimizer = optim.AdamW.adopt(optimizer, states)
-        session.report.optimizer = f"optimizer {type(optimizer).__name__} with {_describe(states, session.root)}"
+        how = f"with {_describe(states, session.root)}"
     else:
-        session.report.optimizer = (
-            f"optimizer {type(optimizer).__name__} kept (only Adam and AdamW have low-precision states)"
-        )
-    session.report.bytes_per_parameter = _bytes_per_parameter(session, optimizer)
+        how = "kept (only Adam and AdamW have low-precision states)"
+    _report(session, optimizer, f"optimizer {type(optimizer).__name__} {how}")
     session.scaling.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     carry_state(session, optimizer)
     return optimizer
@@ -189,24 +196,50 @@ def _describe(states: States, model: nn.Module) -> str:
     return ", ".join(f"{name} {quant.format}" for name, quant in slots.items() if quant) or "float32 states"
 
 
-def _bytes_per_parameter(session: Session, optimizer: torch.optim.Optimizer) -> float:
+def _report(session: Session, optimizer: torch.optim.Optimizer, line: str) -> None:
+    """Report on all optimizers of the model. Attaching one over Parameters of an earlier one replaces that."""
+    mine = _held(optimizer).keys()
+    known = ((ref(), said) for ref, said in _ATTACHED.get(session, ()))
+    attached = [
+        (o, said) for o, said in known if o is not None and o is not optimizer and mine.isdisjoint(_held(o).keys())
+    ]
+    attached.append((optimizer, line if _counted(optimizer) else f"{line}, its states not counted"))
+    _ATTACHED[session] = [(weakref.ref(o), said) for o, said in attached]
+    session.report.optimizer = "; ".join(dict.fromkeys(said for _, said in attached))
+    session.report.bytes_per_parameter = _bytes_per_parameter(session, [o for o, _ in attached])
+
+
+def _held(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+def _bytes_per_parameter(session: Session, optimizers: list[torch.optim.Optimizer]) -> float:
     """Weights, gradients and optimizer states of what trains; frozen Parameters count as weights."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    holders = {key: (optimizer, group) for optimizer in optimizers for key, group in _held(optimizer).items()}
     total = count = 0.0
     for parameter in session.root.parameters():
         size = float(parameter.element_size())
-        if id(parameter) in groups:
-            size += size + _state_bytes(parameter, optimizer, groups[id(parameter)])
+        if parameter.requires_grad and id(parameter) in holders:
+            size += size + _state_bytes(parameter, *holders[id(parameter)])
         count += parameter.numel()
         total += parameter.numel() * size
     return total / max(1.0, count)
 
 
+def _counted(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `_state_bytes` knows its states: ours, and torch's Adam, AdamW and SGD. Subclasses may add others."""
+    return isinstance(optimizer, optim.AdamW) or type(optimizer) in _TORCH_KNOWN
+
+
 def _state_bytes(parameter: torch.Tensor, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """Per element: Adam's two moments, and the master of a 16-bit Parameter; momentum of SGD."""
+    """Per element: Adam's moments, and the master of a 16-bit Parameter; momentum of SGD; 0 for the unknown."""
+    if isinstance(optimizer, optim.AdamW):
+        slots = layout(resolve_states(group["states"]), parameter).values()
+        return sum(4.0 if quant is None else get_format(quant.format).bits / 8 for quant in slots)
+    if not _counted(optimizer):
+        return 0.0
     if isinstance(optimizer, torch.optim.SGD):
-        return float(parameter.element_size()) if group["momentum"] else 0.0
-    if not isinstance(optimizer, optim.AdamW):
-        return 2.0 * parameter.element_size()
-    slots = layout(resolve_states(group["states"]), parameter).values()
-    return sum(4.0 if quant is None else get_format(quant.format).bits / 8 for quant in slots)
+        slots_kept = 1 if group["momentum"] else 0
+    else:
+        slots_kept = 3 if group["amsgrad"] else 2
+    return float(slots_kept * parameter.element_size())

@@ -312,6 +312,38 @@ def test_bytes_per_parameter(recipe: str, dtype: torch.dtype, make: Any, expecte
     assert held + gradients == expected * report.parameters, "the report is what is really held"
 
 
+def test_bytes_per_parameter_of_several_optimizers() -> None:
+    """Each counts for its own Parameters; one over the same Parameters takes the place of an earlier one."""
+    model = nn.Sequential(nn.Linear(32, 16, bias=False), nn.Linear(16, 96, bias=False))  # 512 and 1536 elements
+    report = hf_lowprec.convert(model, "fp8-lm")
+    first = attach_optimizer(model, torch.optim.AdamW(model[0].parameters()))
+    assert report.bytes_per_parameter == 4 + 0.25 * (4 + 3)
+    second = attach_optimizer(model, torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9))
+    for _ in range(2):
+        assert report.bytes_per_parameter == 8 + 0.25 * 3 + 0.75 * 4
+        assert "AdamW with exp_avg e4m3fn" in report.optimizer and "SGD kept" in report.optimizer
+        assert attach_optimizer(model, second) is second
+    third = attach_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert report.bytes_per_parameter == 8 and "AdamW with" not in report.optimizer
+    assert first.state_dict() and third is not second
+
+
+def test_bytes_per_parameter_invents_nothing() -> None:
+    class Mine(torch.optim.Adam):
+        pass
+
+    for make in (torch.optim.Adafactor, torch.optim.RMSprop, Mine):
+        model = nn.Sequential(nn.Linear(32, 16))
+        report = hf_lowprec.convert(model, "fp8-lm")
+        optimizer = attach_optimizer(model, make(model.parameters(), lr=1e-3))
+        assert report.bytes_per_parameter == 4 + 4, "weights and gradients"
+        assert f"{type(optimizer).__name__} kept" in report.summary() and "its states not counted" in report.summary()
+    model = nn.Sequential(nn.Linear(32, 16))
+    report = hf_lowprec.convert(model, "te-delayed")
+    optimizer = attach_optimizer(model, torch.optim.AdamW(model.parameters(), amsgrad=True))
+    assert report.bytes_per_parameter == 4 + 4 + 3 * 4 and "not counted" not in report.summary()
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -357,6 +389,47 @@ def test_resume_is_bit_identical(recipe: str, kind: str, dtype: torch.dtype) -> 
     go_on(resumed, new, range(3, 6))
     assert_same_state(model.state_dict(), resumed.state_dict())
     assert_same_state(optimizer.state_dict()["state"], new.state_dict()["state"])
+    assert_same_state(session_of(model).state_dict(), session_of(resumed).state_dict())
+
+
+def plain(recipe: str = "fp8-lm", seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """As in a script without accelerate: nobody attaches the optimizer."""
+    model = mlp(seed)
+    hf_lowprec.convert(model, recipe)
+    return model, optim.AdamW(model.parameters(), lr=1e-2, states="fp8-lm")
+
+
+def test_our_optimizer_loads_before_its_first_step_though_never_attached() -> None:
+    model, optimizer = plain()
+    assert STATE_KEY in optimizer.state_dict(), "saved before the first step"
+    go_on(model, optimizer, range(3))
+    saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    go_on(model, optimizer, range(3, 6))
+    resumed, new = plain(seed=1)
+    resumed.load_state_dict(saved["model"])
+    new.load_state_dict(saved["optimizer"])
+    assert_same_state(saved["optimizer"][STATE_KEY], session_of(resumed).state_dict())
+    go_on(resumed, new, range(3, 6))
+    assert_same_state(model.state_dict(), resumed.state_dict())
+    assert_same_state(session_of(model).state_dict(), session_of(resumed).state_dict())
+    _, other = plain("te-delayed")
+    with pytest.raises(ValueError, match="written with recipe 'fp8-lm', the model trains with 'te-delayed'"):
+        other.load_state_dict(saved["optimizer"])
+    assert not other.state
+
+
+def test_a_script_that_keeps_the_adopted_optimizer_saves_through_it() -> None:
+    model = mlp()
+    hf_lowprec.convert(model, "fp8-lm")
+    held = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    new = attach_optimizer(model, held)
+    go_on(model, new, range(2))
+    assert_same_state(new.state_dict(), held.state_dict())
+    resumed = mlp()
+    hf_lowprec.convert(resumed, "fp8-lm")
+    reference = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    attach_optimizer(resumed, reference)
+    reference.load_state_dict(through_file(held.state_dict()))
     assert_same_state(session_of(model).state_dict(), session_of(resumed).state_dict())
 
 

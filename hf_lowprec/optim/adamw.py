@@ -45,7 +45,12 @@ from hf_lowprec.recipe import Quant, States
 
 _DROPPED = ("amsgrad", "foreach", "fused", "capturable", "differentiable")  # keys of torch's groups with no use here
 _FORMAT = {torch.float16: get_format("e5m10"), torch.bfloat16: get_format("e8m7")}
+_ADOPTED_BY = "_hf_lowprec_adopted_by"  # on an adopted optimizer: the one it forwards to
 _State = defaultdict[Tensor, dict[str, Tensor]]
+
+# Called with an AdamW before it saves or loads. An optimizer knows Parameters, not models: `stepping`, a layer above,
+# puts here what finds the converted models they belong to, so that their amax histories travel in the checkpoint.
+BEFORE_CHECKPOINT: list[Callable[[Optimizer], object]] = []
 
 
 class AdamW(Optimizer):
@@ -141,19 +146,24 @@ class AdamW(Optimizer):
         """Takes over from a torch.optim.AdamW (gives an AdamW) or torch.optim.Adam (gives an Adam).
 
         The new optimizer has the same `param_groups` list and the same hooks, so LR schedulers built on the old one
-        go on driving it. Moments that exist are quantised; the old optimizer forgets them, and its `step` forwards to
-        the new one. Nothing has changed when it raises: TypeError for another class, or a mode that has no counterpart
-        here (amsgrad, differentiable); ValueError for moments that hold NaN or Inf.
+        go on driving it. Moments that exist are quantised. The old optimizer shares the new one's `state` and forwards
+        its methods, so a script may go on using, saving and loading either; adopted again, it gives the same new one.
+        Nothing has changed when it raises: TypeError for another class, or a mode that has no counterpart here
+        (amsgrad, differentiable); ValueError for moments that hold NaN or Inf, low-precision states that a torch
+        optimizer has loaded, or one that was adopted with other states.
         """
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
             raise TypeError(f"adopt takes a torch.optim.Adam or AdamW, not a {type(optimizer).__qualname__}")
-        for mode in ("amsgrad", "differentiable"):
-            if any(group.get(mode) for group in optimizer.param_groups):
-                raise TypeError(f"cannot adopt an optimizer with {mode}=True: low-precision states have no such mode")
         name, resolved = st.states_name(states), st.resolve_states(states)
+        known: AdamW | None = optimizer.__dict__.get(_ADOPTED_BY)
+        if known is not None:
+            if known.defaults["states"] == name:
+                return known
+            raise ValueError(
+                f"the optimizer was adopted with states {known.defaults['states']}; build a new one for {name}"
+            )
+        st.check_adoptable(optimizer)
         decoupled = isinstance(optimizer, torch.optim.AdamW)
-        for param in (p for group in optimizer.param_groups for p in group["params"]):
-            st.check_parameter(param)
         state: _State = defaultdict(dict)
         for param, old in optimizer.state.items():
             if old:
@@ -171,13 +181,14 @@ class AdamW(Optimizer):
             group.setdefault("decoupled_weight_decay", decoupled)
             group["states"] = name
         new.skipped_steps = torch.zeros((), dtype=torch.int64, device=next(new._parameters()).device)
-        _forward_step(optimizer, new)
+        _forward(optimizer, new)
         return new
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, plus `skipped_steps`. States keep their low-precision dtypes; each group names its `states`."""
+        _before_checkpoint(self)
         state_dict = super().state_dict()
         state_dict["skipped_steps"] = self.skipped_steps
         return state_dict
@@ -189,6 +200,7 @@ class AdamW(Optimizer):
         restores other things belongs in a post-hook). torch's own method would cast every state to its parameter's
         dtype, and would replace the group dicts that schedulers share.
         """
+        _before_checkpoint(self)
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -200,7 +212,8 @@ class AdamW(Optimizer):
 
         for group, loaded in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in loaded.items() if key not in ("params", *_DROPPED)})
-        self.state = state
+        self.state.clear()  # in place: an optimizer that this one has adopted shares it
+        self.state.update(state)
         self.skipped_steps = skipped.to(self.skipped_steps.device, copy=True)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -362,8 +375,13 @@ def _cast(master: Tensor, dtype: torch.dtype) -> Tensor:
     return master.clamp(-limit, limit).to(dtype)
 
 
-def _forward_step(old: Optimizer, new: Optimizer) -> None:
-    """Makes `old.step` run `new.step`, and tells LR schedulers, whichever of the two they know, that steps are taken.
+def _before_checkpoint(optimizer: Optimizer) -> None:
+    for hook in BEFORE_CHECKPOINT:
+        hook(optimizer)
+
+
+def _forward(old: Optimizer, new: AdamW) -> None:
+    """Makes `old` act as `new` for a script that holds on to it, e.g. to save; LR schedulers may know either.
 
     torch's LRScheduler wraps the `step` of its optimizer to set `_opt_called`, marks it `_wrapped_by_lr_sched`, and
     warns of a wrong call order when either is missing. This step sets the one on both and carries the other.
@@ -376,5 +394,7 @@ def _forward_step(old: Optimizer, new: Optimizer) -> None:
         return type(new).step(new, *args, **kwargs)
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    old.state = defaultdict(dict)
     old.step = new.step = step  # type: ignore[method-assign]
+    for name in ("state", "state_dict", "load_state_dict", "zero_grad", "add_param_group"):
+        setattr(old, name, getattr(new, name))
+    old.__dict__[_ADOPTED_BY] = new

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hf_lowprec import ops
 from hf_lowprec.numerics import ScaledTensor, dequantize
@@ -94,6 +95,27 @@ def check_parameter(param: Tensor) -> None:
         raise TypeError(
             f"{type(param).__name__}: this optimizer does not take sharded parameters (FSDP): ranks would scale their "
             "shards differently and skip steps alone. Use torch.optim.AdamW and a recipe without states (`fp8-lm-o1`)"
+        )
+
+
+def check_adoptable(optimizer: Optimizer) -> None:
+    """Raises, unless torch's Adam(W) can go on with these states.
+
+    TypeError: a mode that they do not have, or parameters that `check_parameter` refuses. ValueError: it has loaded
+    low-precision states, which torch casts to the parameters' dtype.
+    """
+    for mode in ("amsgrad", "differentiable"):
+        if any(group.get(mode) for group in optimizer.param_groups):
+            raise TypeError(
+                f"cannot adopt an optimizer with {mode}=True: low-precision states have no such mode; "
+                "use recipe fp8-lm-o1 or te-delayed, which keep your optimizer"
+            )
+    for param in (p for group in optimizer.param_groups for p in group["params"]):
+        check_parameter(param)
+    if any(key.endswith("_qdata") for state in optimizer.state.values() for key in state):
+        raise ValueError(
+            "a checkpoint with low-precision states was loaded into the torch optimizer before it was prepared: "
+            "load the checkpoint after prepare"
         )
 
 
