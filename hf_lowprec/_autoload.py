@@ -7,8 +7,9 @@ imports the integration that belongs to it and hands the module over. A process 
 transformers' Trainer never loads more of us than this file.
 
 An exception inside a `torch.backends` entry point turns `import torch` into a RuntimeError, so this file uses the
-standard library only and `install` never raises. `HF_LOWPREC_AUTOLOAD=0` turns it off; `activate` (called by
-`hf-lowprec run` and by our Trainer classes) works all the same. See docs/autoload.md.
+standard library only and `install` never raises. `HF_LOWPREC_AUTOLOAD=0` turns it off, which is said on stderr if a
+recipe is requested; `activate` (called by `hf-lowprec run` and by our Trainer classes) works all the same. See
+docs/autoload.md.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ PATCHES_ON_REQUEST: dict[str, tuple[str, ...]] = {
 }
 
 _patched: set[str] = set()
+_said: list[str] = []  # the recipe that the off switch leaves unused, once the user has been told
 
 
 class PatchError(RuntimeError):
@@ -146,11 +148,28 @@ def activate() -> None:
     finder.patch_late()
 
 
+def _warn_of_ignored_recipe() -> None:
+    """Training without the recipe that the environment names must not happen silently. Said once.
+
+    Said when torch calls, not when the package is imported before torch: `hf-lowprec run` has activated us by then.
+    """
+    recipe = os.environ.get(RECIPE_ENV)
+    if not recipe or _said or "torch" not in sys.modules or any(isinstance(f, _Finder) for f in sys.meta_path):
+        return
+    _said.append(recipe)
+    sys.stderr.write(
+        f"hf_lowprec: {AUTOLOAD_ENV}=0, so a script that does not import hf_lowprec trains WITHOUT "
+        f"{RECIPE_ENV}={recipe}; unset {AUTOLOAD_ENV}, or start it with `hf-lowprec run`\n"
+    )
+
+
 def install() -> None:
     """Entry point of the group `torch.backends`. Never raises."""
     try:
         if os.environ.get(AUTOLOAD_ENV) != "0":
             activate()
+        else:
+            _warn_of_ignored_recipe()
     except Exception as error:
         try:
             sys.stderr.write(f"hf_lowprec: the import hook is off ({type(error).__name__}: {error})\n")

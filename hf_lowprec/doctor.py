@@ -111,7 +111,9 @@ def import_hook() -> Fact:
     off = "off: use `hf-lowprec run --recipe NAME script.py`"
     for variable in (AUTOLOAD_ENV, TORCH_AUTOLOAD_ENV):
         if os.environ.get(variable) == "0":
-            return Fact(name, f"{off} ({variable}=0)")
+            recipe = os.environ.get(RECIPE_ENV)
+            problem = f"{RECIPE_ENV}={recipe} is ignored while {variable}=0: unset {variable}, or use `hf-lowprec run`"
+            return Fact(name, f"{off} ({variable}=0)", problem if recipe else None)
     if not any(entry.name == "hf_lowprec" for entry in metadata.entry_points(group="torch.backends")):
         problem = "the package is on the path but not installed, so torch does not find its hook: pip install -e ."
         return Fact(name, off, problem)

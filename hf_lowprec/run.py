@@ -48,20 +48,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="hf-lowprec run", description="Run a training script in low precision.", allow_abbrev=False
     )
     about = f"a recipe's name or .yaml file (default: ${RECIPE_ENV})"
-    parser.add_argument("--recipe", "-r", default=os.environ.get(RECIPE_ENV), help=about)
+    parser.add_argument("--recipe", "-r", help=about)
     parser.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as in python -m")
     parser.add_argument("script", help="the training script")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="its own arguments")
     options = parser.parse_args(argv)
-    if not options.recipe:
+    recipe = options.recipe or os.environ.get(RECIPE_ENV)
+    if not recipe:
         parser.error(f"name a recipe: --recipe fp8-lm, or set {RECIPE_ENV}")
     try:
-        read_recipe(options.recipe)
+        read_recipe(recipe, None if options.recipe else RECIPE_ENV)
     except ValueError as error:
         parser.error(str(error))
     if not options.module and not os.path.exists(options.script):
         parser.error(f"training script {options.script!r} does not exist")
-    run(options.recipe, options.script, options.args, module=options.module)
+    run(recipe, options.script, options.args, module=options.module)
 
 
 if __name__ == "__main__":

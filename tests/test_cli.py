@@ -189,16 +189,22 @@ def test_doctor_finds_a_bad_recipe_and_an_old_library(healthy, monkeypatch):
     monkeypatch.setenv("HF_LOWPREC_RECIPE", "fp8-ml")
     monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=99.1", "rich>=13"])
     output = invoke("doctor", status=1)
-    assert "unknown recipe 'fp8-ml'" in output and "older than 99.1" in output
+    assert "HF_LOWPREC_RECIPE: unknown recipe 'fp8-ml'" in output and "older than 99.1" in output
 
 
 def test_doctor_says_why_the_hook_is_off(monkeypatch):
     others = [finder for finder in sys.meta_path if type(finder).__module__ != "hf_lowprec._autoload"]
     monkeypatch.setattr(sys, "meta_path", others)
+    monkeypatch.delenv("HF_LOWPREC_RECIPE", raising=False)
     monkeypatch.setenv("HF_LOWPREC_AUTOLOAD", "0")
     fact = doctor.import_hook()
     assert fact.problem is None and "HF_LOWPREC_AUTOLOAD=0" in fact.value
-    monkeypatch.delenv("HF_LOWPREC_AUTOLOAD")
+    monkeypatch.setenv("HF_LOWPREC_RECIPE", "fp8-lm")
+    for variable in ("HF_LOWPREC_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"):
+        monkeypatch.setenv(variable, "0")
+        assert f"HF_LOWPREC_RECIPE=fp8-lm is ignored while {variable}=0" in str(doctor.import_hook().problem)
+        monkeypatch.delenv(variable)
+    monkeypatch.delenv("HF_LOWPREC_RECIPE")
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [])
     assert "pip install" in str(doctor.import_hook().problem)

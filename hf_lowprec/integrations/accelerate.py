@@ -23,12 +23,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hf_lowprec._autoload import OWNED_BY_ACCELERATE, RECIPE_ENV, activate
-from hf_lowprec.integrations.accelerate_launch import PRECISION_ENV, read_recipe
+from hf_lowprec.integrations.accelerate_launch import PRECISION_ENV, RECIPE, read_recipe
 
 if TYPE_CHECKING:
     from hf_lowprec.recipe import Recipe
-
-RECIPE = "_hf_lowprec_recipe"  # attribute of the Accelerator and of AcceleratorState
 
 
 def install() -> None:
@@ -61,15 +59,19 @@ def _from_environment() -> Recipe | None:
     """Raises RecipeError for a name or file that settle_environment could not read."""
     settle_environment()
     text, precision = os.environ.get(RECIPE_ENV), os.environ.get(PRECISION_ENV)
-    if not text and precision and precision.lower() not in OWNED_BY_ACCELERATE:
-        text = precision
-    return read_recipe(text)[1] if text else None
+    if text:
+        return read_recipe(text, RECIPE_ENV)[1]
+    if precision and precision.lower() not in OWNED_BY_ACCELERATE:
+        return read_recipe(precision, PRECISION_ENV)[1]
+    return None
 
 
 def resolve(asked: str | None, state: dict[str, Any]) -> tuple[str | None, Recipe | None]:
     """What `Accelerator(mixed_precision=asked)` means: the precision to hand to accelerate, and the recipe.
 
-    state: AcceleratorState's shared dict, empty if this is the process's first Accelerator. Later ones follow it.
+    state: AcceleratorState's shared dict, empty if this is the process's first Accelerator. Later ones follow it,
+    unless they name a precision themselves and the recipe was an earlier script's word, not the launcher's: a second,
+    plain run in one notebook or test process is then plain.
     Raises RecipeError: unknown or planned recipe, unreadable file, or two different recipes requested.
     """
     recipe: Recipe | None = state[RECIPE] if RECIPE in state else _from_environment()
@@ -83,7 +85,8 @@ def resolve(asked: str | None, state: dict[str, Any]) -> tuple[str | None, Recip
                 f"the script asks for recipe {own.name!r}, {first} for {recipe.name!r}; name one of them only"
             )
         return own.base, own
-    if recipe is None:
+    inherited = RECIPE in state and not os.environ.get(RECIPE_ENV)
+    if recipe is None or (inherited and asked is not None):
         return asked, None
     explicit = asked
     if asked is None and RECIPE not in state:
@@ -120,8 +123,8 @@ def patch_accelerator(module: Any) -> None:
             call.arguments["mixed_precision"] = precision
         setattr(self, RECIPE, recipe)
         init(*call.args, **call.kwargs)
-        if recipe is not None or os.environ.get(RECIPE_ENV):  # None: what the script said explicitly has won
-            setattr(self.state, RECIPE, recipe)
+        if recipe is not None or (os.environ.get(RECIPE_ENV) and RECIPE not in state_cls._shared_state):
+            setattr(self.state, RECIPE, recipe)  # None: what the script said explicitly has won
 
     @functools.wraps(prepare)
     def _prepare(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,8 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +30,23 @@ if TYPE_CHECKING:
     from hf_lowprec.recipe import Recipe
 
 PRECISION_ENV = "ACCELERATE_MIXED_PRECISION"
+RECIPE = "_hf_lowprec_recipe"  # attribute of the Accelerator and of AcceleratorState, which all Accelerators share
 
 
-def read_recipe(text: str) -> tuple[str, Recipe]:
+def read_recipe(text: str, said_by: str | None = None) -> tuple[str, Recipe]:
     """The value for HF_LOWPREC_RECIPE (a file as an absolute path, since scripts change directory) and the recipe.
 
+    said_by: the variable or file that `text` comes from, where the reader of an error may not know of it.
     Raises RecipeError: unknown name (with the nearest ones), planned name, bad file.
     """
-    from hf_lowprec.recipe import get_recipe
+    from hf_lowprec.recipe import RecipeError, get_recipe
 
-    recipe = get_recipe(text)
+    try:
+        recipe = get_recipe(text)
+    except RecipeError as error:
+        if said_by is None:
+            raise
+        raise RecipeError(f"{said_by}: {error}") from None
     is_file = text.endswith((".yaml", ".yml", ".json"))
     return (str(Path(text).resolve()) if is_file else recipe.name), recipe
 
@@ -84,12 +92,14 @@ def _translate(args: argparse.Namespace) -> None:
     HF_LOWPREC_RECIPE counts unless the command line itself names a precision: then both reach the training process,
     which knows what to do with a contradiction.
     """
-    asked = str(args.mixed_precision or "no")
+    asked, on_command_line = str(args.mixed_precision or "no"), "mixed_precision" in getattr(args, "nondefault", ())
+    file = getattr(args, "config_file", None) or "accelerate's default config file"
+    said_by = "--mixed_precision" if on_command_line else f"mixed_precision in {file}"
     if asked.lower() in OWNED_BY_ACCELERATE:
-        if not os.environ.get(RECIPE_ENV) or "mixed_precision" in getattr(args, "nondefault", ()):
+        if not os.environ.get(RECIPE_ENV) or on_command_line:
             return
-        asked = os.environ[RECIPE_ENV]
-    os.environ[RECIPE_ENV], recipe = read_recipe(asked)
+        asked, said_by = os.environ[RECIPE_ENV], RECIPE_ENV
+    os.environ[RECIPE_ENV], recipe = read_recipe(asked, said_by)
     args.mixed_precision = recipe.base
 
 
@@ -122,11 +132,31 @@ def patch_launchers(module: Any) -> None:
     module.prepare_tpu = refuse_tpu
 
 
+@contextmanager
+def _own_recipe() -> Iterator[None]:
+    """A launch in the notebook's own process neither inherits the recipe of an earlier Accelerator nor leaves its own.
+
+    What is set aside lies in the shared state itself, so that it goes with it when the launched function resets it.
+    """
+    from accelerate.state import AcceleratorState
+
+    state, aside = AcceleratorState._shared_state, RECIPE + "_aside"
+    if RECIPE in state:
+        state[aside] = state.pop(RECIPE)
+    try:
+        yield
+    finally:
+        state.pop(RECIPE, None)
+        if aside in state:
+            state[RECIPE] = state.pop(aside)
+
+
 def patch_notebook_launcher(module: Any) -> None:
     """`accelerate.launchers.notebook_launcher`.
 
     accelerate 1.15 writes the precision into the variable MIXED_PRECISION, which nobody reads, and only when it forks;
     so the two variables are set around the call, which forked processes inherit and a call in this process reads.
+    Without `mixed_precision`, which defaults to "no", the launched function follows what the notebook has set up.
     """
     launch = module.notebook_launcher
     signature = inspect.signature(launch)
@@ -134,14 +164,16 @@ def patch_notebook_launcher(module: Any) -> None:
     @functools.wraps(launch)
     def notebook_launcher(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
-        asked = str(call.arguments.get("mixed_precision", "no"))
-        if asked.lower() in OWNED_BY_ACCELERATE:
+        asked, environment = call.arguments.get("mixed_precision"), {}
+        if asked is None:
             return launch(*args, **kwargs)
-        text, recipe = read_recipe(asked)
-        call.arguments["mixed_precision"] = recipe.base
+        if str(asked).lower() not in OWNED_BY_ACCELERATE:
+            text, recipe = read_recipe(str(asked))
+            call.arguments["mixed_precision"] = recipe.base
+            environment = {RECIPE_ENV: text, PRECISION_ENV: recipe.base}
         from accelerate.utils import patch_environment
 
-        with patch_environment(**{RECIPE_ENV: text, PRECISION_ENV: recipe.base}):
+        with patch_environment(**environment), _own_recipe():
             return launch(*call.args, **call.kwargs)
 
     module.notebook_launcher = notebook_launcher

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_lowprec import _autoload
 from hf_lowprec.conversion import recipe_of
 from hf_lowprec.monitor import statistics
-from hf_lowprec.recipe import Recipe, get_recipe
+from hf_lowprec.recipe import Recipe, RecipeError, get_recipe
 
 _MARK = "_hf_lowprec_request"  # read by Accelerator.prepare
 
@@ -35,9 +35,11 @@ class LowPrecArguments:
     """Mixin for any TrainingArguments class: `class MyArguments(LowPrecArguments, TrainingArguments)`.
 
     lowprec: a recipe's name or the path of a .yaml or .json recipe file; None trains as if the mixin were not there.
+        No Recipe and no dict, since arguments are saved as text in every checkpoint; LowPrecCallback takes those.
     bf16: None follows the recipe's base precision, so that an explicit False can be told from the default.
 
-    Raises RecipeError for an unknown recipe and ValueError where `bf16`/`fp16` contradict the recipe's base precision.
+    Raises RecipeError for an unknown recipe or another type, and ValueError where `bf16`/`fp16` contradict the
+    recipe's base precision.
     """
 
     lowprec: str | None = field(
@@ -51,6 +53,13 @@ class LowPrecArguments:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.lowprec, Path):
+            self.lowprec = str(self.lowprec)
+        if not isinstance(self.lowprec, str | None):
+            raise RecipeError(
+                f"lowprec is a {type(self.lowprec).__name__}: pass a recipe's name or a file (write it with "
+                "Recipe.to_yaml()), or hand the recipe itself to LowPrecCallback"
+            )
         recipe = None if self.lowprec is None else get_recipe(self.lowprec)
         if recipe is not None:
             self._set_base(recipe)

@@ -127,11 +127,12 @@ def test_recipe_files(monkeypatch, my_yaml, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["argument", "HF_LOWPREC_RECIPE", "ACCELERATE_MIXED_PRECISION"])
-@pytest.mark.parametrize(("name", "message"), [("fp8-lmm", "did you mean 'fp8-lm'"), ("bitnet", "is planned")])
+@pytest.mark.parametrize(("name", "message"), [("fp8-lmm", "did you mean 'fp8-lm'"), ("bitnet", "planned")])
 def test_unknown_and_planned_names(monkeypatch, where, name, message):
     if where != "argument":
         monkeypatch.setenv(where, name)
-    with pytest.raises(RecipeError, match=message):
+    source = "" if where == "argument" else f"{where}: "
+    with pytest.raises(RecipeError, match=f"^{source}(unknown )?recipe '{name}'.*{message}"):
         Accelerator(mixed_precision=name if where == "argument" else None)
 
 
@@ -145,12 +146,33 @@ def test_state_names_the_recipe_and_later_accelerators_follow():
     first = Accelerator(mixed_precision="fp8-lm")
     assert first.mixed_precision == "bf16" and first.native_amp
     assert "Mixed precision type: bf16 (hf_lowprec recipe: fp8-lm)\n" in repr(first.state)
-    for again in (None, "bf16", "fp8-lm"):
+    for again in (None, "fp8-lm"):
         assert Accelerator(mixed_precision=again)._hf_lowprec_recipe == FP8_LM
     with pytest.raises(RecipeError, match="an earlier Accelerator for 'fp8-lm'"):
         Accelerator(mixed_precision="te-current")
-    with pytest.warns(UserWarning, match="wins"), pytest.raises(ValueError, match="already been initialized"):
+    with pytest.raises(ValueError, match="already been initialized"):
         Accelerator(mixed_precision="no")
+
+
+def test_an_explicit_precision_after_a_recipe_is_a_plain_run():
+    first = Accelerator(mixed_precision="fp8-lm")
+    model = llama()
+    train(first, *first.prepare(model, adamw(model)), steps=1)
+    second = Accelerator(mixed_precision="bf16")
+    other = llama()
+    other, optimizer = second.prepare(other, adamw(other))
+    assert not converted(other) and type(optimizer.optimizer) is torch.optim.AdamW
+    train(second, other, optimizer, steps=1)
+    assert first._hf_lowprec_recipe == Accelerator()._hf_lowprec_recipe == FP8_LM  # what the first said still holds
+    assert "hf_lowprec recipe: fp8-lm" in repr(first.state)
+    late = llama()
+    assert len(converted(first.prepare(late))) == LINEARS
+
+
+def test_an_explicit_base_precision_follows_the_launcher_every_time(monkeypatch):
+    """The launcher's word is for the whole process, however many Accelerators and Trainers the script makes."""
+    monkeypatch.setenv("HF_LOWPREC_RECIPE", "fp8-lm")
+    assert [Accelerator(mixed_precision="bf16")._hf_lowprec_recipe for _ in range(2)] == [FP8_LM, FP8_LM]
 
 
 @pytest.mark.parametrize("precision", [None, "no", "bf16"])
@@ -499,8 +521,14 @@ def test_yaml(tmp_path):
     config.write_text("\n".join(lines))
     assert child_environment(parsed("--config_file", str(config))) == ("bf16", "fp8-lm")
     config.write_text(config.read_text().replace("fp8-lm", "fp8-lmm"))
-    with pytest.raises(RecipeError, match="did you mean 'fp8-lm'"):
+    with pytest.raises(RecipeError, match=r"^mixed_precision in .*config\.yaml: .*did you mean 'fp8-lm'"):
         child_environment(parsed("--config_file", str(config)))
+
+
+def test_the_launcher_names_the_variable_of_a_bad_recipe(monkeypatch):
+    monkeypatch.setenv("HF_LOWPREC_RECIPE", "fp8-lmm")
+    with pytest.raises(RecipeError, match=r"^HF_LOWPREC_RECIPE: .*did you mean 'fp8-lm'"):
+        child_environment(parsed())
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16", "fp8"])
@@ -538,6 +566,45 @@ def test_notebook_launcher():
     assert "HF_LOWPREC_RECIPE" not in os.environ
     with pytest.raises(RecipeError, match="did you mean"):
         accelerate.notebook_launcher(function, num_processes=1, mixed_precision="fp8-lmm")
+
+
+@pytest.mark.parametrize("second", ["bf16", None])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_notebook_launch_leaves_no_recipe_behind(second, explicit):
+    """Two launches in one process, whose functions name a precision themselves or leave that to the launcher."""
+    seen = []
+
+    def function(precision: str | None) -> None:
+        accelerator = Accelerator(mixed_precision=precision if explicit else None)
+        model = llama()
+        accelerator.prepare(model, adamw(model))
+        seen.append(len(converted(model)))
+
+    for precision in ("fp8-lm", second, "fp8-lm"):
+        said = {} if precision is None else {"mixed_precision": precision}
+        accelerate.notebook_launcher(function, (precision,), num_processes=1, **said)
+    assert seen == [LINEARS, 0, LINEARS]
+
+
+def test_a_notebook_launch_beside_an_accelerator_with_a_recipe():
+    seen = []
+
+    def function() -> None:
+        seen.append(Accelerator()._hf_lowprec_recipe)
+
+    Accelerator(mixed_precision="fp8-lm")
+    for precision in ("bf16", "te-current"):
+        accelerate.notebook_launcher(function, num_processes=1, mixed_precision=precision)
+    accelerate.notebook_launcher(function, num_processes=1)
+    assert seen == [None, PRESETS["te-current"], FP8_LM]
+    assert Accelerator()._hf_lowprec_recipe == FP8_LM
+
+    with pytest.raises(ZeroDivisionError):
+        accelerate.notebook_launcher(lambda: 1 / 0, num_processes=1, mixed_precision="bf16")
+    assert Accelerator()._hf_lowprec_recipe == FP8_LM
+    reset = AcceleratorState._reset_state  # TrainingArguments does it
+    accelerate.notebook_launcher(lambda: reset(True), num_processes=1, mixed_precision="bf16")
+    assert AcceleratorState._shared_state == {}
 
 
 # --- launched processes, with a script that never heard of us --------------------------------------------------------
@@ -643,3 +710,12 @@ def test_run_refuses(words, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_run_names_the_variable_of_a_bad_recipe(monkeypatch, capsys):
+    from hf_lowprec.run import main
+
+    monkeypatch.setenv("HF_LOWPREC_RECIPE", "fp8-lmm")
+    with pytest.raises(SystemExit):
+        main([str(LOOP)])
+    assert "HF_LOWPREC_RECIPE: unknown recipe 'fp8-lmm'" in capsys.readouterr().err

@@ -82,6 +82,26 @@ print([type(f).__name__ for f in sys.meta_path].count("_Finder"))
     assert bare(code).split() == ["1", "1"]
 
 
+def test_a_recipe_that_the_off_switch_leaves_unused_is_said_once():
+    torch = "import sys; sys.modules['torch'] = sys; from hf_lowprec import _autoload; _autoload.install()"
+    both = {"HF_LOWPREC_AUTOLOAD": "0", "HF_LOWPREC_RECIPE": "fp8-lm"}
+    said = bare(f"{torch}; _autoload.install()", **both)
+    assert said.count("\n") == 1 and "trains WITHOUT HF_LOWPREC_RECIPE=fp8-lm; unset HF_LOWPREC_AUTOLOAD" in said
+    for one in both:
+        assert bare(torch, **{one: both[one]}) == ""
+    assert bare(f"from hf_lowprec import _autoload; _autoload.activate(); {torch}", **both) == ""  # `hf-lowprec run`
+    for stderr in ("None", "open(__import__('os').devnull)"):  # none, and one that cannot be written
+        assert bare(f"import sys; sys.stderr = {stderr}; {torch}", **both) == ""
+
+
+def test_a_script_that_trains_without_its_recipe_says_so(tmp_path):
+    done = launch(tmp_path, "-c", "import torch", HF_LOWPREC_AUTOLOAD="0", HF_LOWPREC_RECIPE="fp8-lm")
+    assert done.returncode == 0 and done.stdout.count("trains WITHOUT HF_LOWPREC_RECIPE=fp8-lm") == 1, done.stdout
+    run = ("-m", "hf_lowprec.cli", "run", str(LOOP), "--steps", "2")
+    done = launch(tmp_path, *run, HF_LOWPREC_AUTOLOAD="0", HF_LOWPREC_RECIPE="fp8-lm")
+    assert done.returncode == 0 and "WITHOUT" not in done.stdout and "converted 14 of 15" in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize(
     "sabotage",
     [

@@ -90,6 +90,20 @@ def test_arguments_unknown_recipe(common):
         LowPrecTrainingArguments(**common, lowprec="fp8lm")
 
 
+@pytest.mark.parametrize("kind", ["Recipe", "dict"])
+def test_arguments_take_text_only(common, kind):
+    recipe = get_recipe("fp8-lm")
+    with pytest.raises(RecipeError, match=f"lowprec is a {kind}: pass a recipe's name or a file"):
+        LowPrecTrainingArguments(**common, lowprec=recipe if kind == "Recipe" else recipe.to_dict())
+
+
+def test_arguments_take_a_path(common, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(get_recipe("te-current").to_json())
+    args = LowPrecTrainingArguments(**common, lowprec=path)
+    assert args.lowprec == args.mixed_precision == str(path) and args.bf16
+
+
 def test_arguments_from_the_command_line(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--use_cpu", "--lowprec", "te-current", "--bf16"]
     (args,) = HfArgumentParser(LowPrecTrainingArguments).parse_args_into_dataclasses(argv)
@@ -203,6 +217,18 @@ def test_callback_marks_its_own_trainer_only(common):
     for trainer in trainers:
         trainer.train()
     assert [len(converted(trainer.model)) for trainer in trainers] == [LINEARS, 0]
+
+
+@pytest.mark.parametrize("plain", [TrainingArguments, LowPrecTrainingArguments])
+def test_arguments_train_their_own_trainer_only(common, plain):
+    """Arguments made first reset accelerate's state, so the plain Trainer is made in the state of the other one."""
+    args = [plain(**common, bf16=True), LowPrecTrainingArguments(**common, lowprec="fp8-lm")]
+    ours = Trainer(llama(), args[1], train_dataset=rows())
+    other = Trainer(llama(), args[0], train_dataset=rows())
+    for trainer in (other, ours):
+        trainer.train()
+    assert [len(converted(trainer.model)) for trainer in (other, ours)] == [0, LINEARS]
+    assert type(optimizer_of(other)) is torch.optim.AdamW and isinstance(optimizer_of(ours), AdamW)
 
 
 def test_callback_with_weights_in_the_base_precision(common):
