@@ -31,8 +31,8 @@ from hf_lowprec.conversion import (
     report_of,
 )
 from hf_lowprec.recipe import Recipe, RecipeError
-from hf_lowprec.session import live_sessions
-from hf_lowprec.stepping import attach_optimizer
+from hf_lowprec.session import live_sessions, session_of
+from hf_lowprec.stepping import attach_optimizer, carry_state
 
 RECIPE = "_hf_lowprec_recipe"  # on the Accelerator: asked for by the launcher or the script
 REQUEST = "_hf_lowprec_request"  # on a model: a Recipe left there by a Trainer callback
@@ -214,7 +214,7 @@ def _attach(accelerator: Any, optimizer: Optimizer, others: Sequence[nn.Module])
     # a model that another Accelerator of this process has converted counts as well
     policies += [s.root for s in live_sessions() if s.owns(optimizer) and not any(s.root is m for m in policies)]
     engine = _engine(accelerator)
-    keep = f"low-precision states are not available under {engine} yet" if engine in ("FSDP", "DEEPSPEED") else None
+    keep = _no_states(engine) if engine in ("FSDP", "DEEPSPEED") else None
     # an engine's optimizer may hold flat shards, so there is no telling whose they are
     owners = policies if keep else [m for m in policies if _shares_parameters(optimizer, m)]
     if not owners and any(_shares_parameters(optimizer, m) for m in others):
@@ -231,6 +231,43 @@ def _attach(accelerator: Any, optimizer: Optimizer, others: Sequence[nn.Module])
     if new is not optimizer:
         ledger.adopted[optimizer] = new
     return new
+
+
+def _no_states(engine: str) -> str:
+    # DeepSpeed's optimizers step flat shards, in which no gradient of a weight can be told.
+    what = "low-precision states and weight gradients" if engine == "DEEPSPEED" else "low-precision states"
+    return f"{what} are not available under {engine} yet"
+
+
+def _follow_deepspeed(accelerator: Any) -> None:
+    """Have the optimizers that DeepSpeed makes itself end our steps and carry our state, too.
+
+    It makes one where its config names an optimizer (the script then has a DummyOptim), and accelerate makes one where
+    states are offloaded. They hold flat shards, by which nobody would know whose they are.
+    """
+    if "_prepare_deepspeed" in accelerator.__dict__:
+        return
+    own = accelerator._prepare_deepspeed
+
+    def prepare_deepspeed(*objects: Any) -> Any:
+        out = own(*objects)
+        given = any(isinstance(o, Optimizer) for o in objects)
+        for model in (o for o in out if isinstance(o, nn.Module)):
+            session, made = session_of(model), getattr(model, "optimizer", None)
+            while session is not None and made is not None:
+                for optimizer in (made, getattr(made, "backup_optimizer", None)):
+                    if not isinstance(optimizer, Optimizer):
+                        continue
+                    carry_state(session, optimizer)
+                    session.scaling.distributed = accelerator.num_processes > 1
+                    if not given:
+                        why = f"{_no_states('DEEPSPEED')}), its states not counted"
+                        session.report.optimizer = f"optimizer {type(optimizer).__name__} kept ({why}"
+                made = getattr(made, "optimizer", None)
+        _summarise(accelerator)
+        return out
+
+    accelerator._prepare_deepspeed = prepare_deepspeed
 
 
 def _refuse_to_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -277,6 +314,8 @@ def before_prepare(accelerator: Any, objects: tuple[Any, ...]) -> tuple[Any, ...
     ]
     _attach_late(accelerator)
     _repoint(ledger, [*(o for o in out if isinstance(o, LRScheduler)), *accelerator._schedulers])
+    if _engine(accelerator) == "DEEPSPEED":
+        _follow_deepspeed(accelerator)
     _summarise(accelerator)
     return tuple(out)
 
