@@ -21,6 +21,7 @@ _EXPORTS = {
     "revert": "conversion",
     "high_precision": "conversion",
     "invalidate": "conversion",
+    "attach_optimizer": "stepping",
     "ConversionError": "conversion",
     "ConversionReport": "report",
     "Recipe": "recipe",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from hf_lowprec.modules import LowPrecLinear
     from hf_lowprec.recipe import PRESETS, Recipe, RecipeError
     from hf_lowprec.report import ConversionReport
+    from hf_lowprec.stepping import attach_optimizer
 
 
 def __getattr__(name: str) -> Any:
