@@ -78,13 +78,16 @@ def peak_gib() -> float | None:
 # --- cases ---------------------------------------------------------------------------------------------------------
 
 
-def start(script: str, case: dict[str, Any], target: Path) -> subprocess.Popen:
-    """Run `script --worker <case>` in a fresh process; it writes the finished case to `target`."""
+def start(script: str, case: dict[str, Any], target: Path, gpu: int | None = None) -> subprocess.Popen:
+    """Run `script --worker <case>` in a fresh process, which sees GPU number `gpu` only; it writes to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     environ.pop("HF_LOWPREC_RECIPE", None)
+    if gpu is not None:
+        visible = list(filter(None, environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+        environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
     environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # several processes share one memory
     order = json.dumps({"case": case, "target": str(target)})
     return subprocess.Popen([sys.executable, script, "--worker", order], env=environ)

@@ -8,7 +8,9 @@
 
 What is compared: the baseline is fp32 weights, bf16 autocast, fp32 AdamW, through `Accelerator("bf16")` of an
 untouched accelerate. A candidate runs the same function with one word changed. A seed fixes initial weights and data
-order, so candidate and baseline are paired. A candidate may be written `recipe@bf16`: weights loaded in bf16.
+order, so candidate and baseline are paired. A candidate may be written `recipe@bf16`: weights loaded in bf16. The
+candidate `bf16~` is the control: the baseline again, one weight of one element moved by a thousandth. Whatever gap it
+shows is chaos, which no recipe can be blamed for and no recipe can claim.
 
 What is decided: `verdict.py` states the rule. The validation text is whole held-out documents of every source, all of
 it, through the candidate's own forward; `valid_loss_high_precision` is the same weights through the unquantised one.
@@ -52,6 +54,7 @@ SHARE = 0.95  # of the layers' GEMM FLOPs that a candidate has to convert
 EVERY = 10  # steps between two points of the loss curve
 PROBE = 100  # steps between two validation losses on PROBE_WINDOWS windows
 PROBE_WINDOWS = 80
+CONTROL = "bf16~"
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,12 @@ def train(recipe: str, seed: int, study: Study, corpus: Path, device: str) -> di
     import torch
 
     torch.set_num_threads(1)
-    name, dtype = parse_recipe(recipe)
+    name, dtype = parse_recipe(BASELINE if recipe == CONTROL else recipe)
     accelerator = make_accelerator(name, device)
     model = build_llama(seed, dtype, **study.model)
+    if recipe == CONTROL:
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0] *= 1.001
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = build_optimizer(study, model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, study.learning_rate)
@@ -263,19 +269,22 @@ def run(args: argparse.Namespace, study: Study) -> int:
     have = {(case["recipe"], case["seed"]) for case in done}
     wanted = [(recipe, seed) for seed in args.seeds for recipe in [BASELINE, *args.recipes]]  # whole pairs come first
     waiting = [pair for pair in wanted if pair not in have]
-    print(f"{len(done)} cases done before, {len(waiting)} to run, {args.jobs} at a time", flush=True)
+    gpus = max(1, here["gpu_count"]) if args.device == "cuda" else 1
+    print(f"{len(done)} cases done before, {len(waiting)} to run, {args.jobs} at a time on each GPU", flush=True)
 
     deadline = time.monotonic() + 60 * args.minutes
-    running: dict[tuple[str, int], tuple[subprocess.Popen, Path]] = {}
+    running: dict[tuple[str, int], tuple[subprocess.Popen, Path, int]] = {}
     failed: list[str] = []
     while waiting or running:
-        while waiting and len(running) < args.jobs:
+        while waiting and len(running) < args.jobs * gpus:
             recipe, seed = pair = waiting.pop(0)
+            load = [gpu for _, _, gpu in running.values()]
+            gpu = min(range(gpus), key=load.count)
             target = SCRATCH / f"loss_parity-{file_name(recipe)}-{seed}.json"
             case = {"recipe": recipe, "seed": seed, **settings}
-            running[pair] = (start(__file__, {**case, "corpus": str(args.corpus)}, target), target)
+            running[pair] = (start(__file__, {**case, "corpus": str(args.corpus)}, target, gpu), target, gpu)
         time.sleep(0.5)
-        for pair, (process, target) in list(running.items()):
+        for pair, (process, target, _) in list(running.items()):
             if process.poll() is None:
                 continue
             del running[pair]
@@ -286,7 +295,7 @@ def run(args: argparse.Namespace, study: Study) -> int:
             store(args.out, done, args.corpus)
         if time.monotonic() > deadline:
             failed += [f"{recipe} seed {seed}: out of time" for recipe, seed in [*running, *waiting]]
-            for process, _ in running.values():
+            for process, _, _ in running.values():
                 process.terminate()
             break
     print(table(done, summarize(done)))
@@ -305,7 +314,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipes", nargs="*", default=["fp8-lm", "fp8-lm-o1"], help="candidates; bf16 always runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=4, help="cases at a time on the one GPU")
+    parser.add_argument("--jobs", type=int, default=4, help="cases at a time on each GPU")
     parser.add_argument("--minutes", type=float, default=600, help="stop then; what has finished is stored")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
