@@ -57,16 +57,17 @@ def command() -> str:
 def source() -> dict[str, Any]:
     """Commit and dirty flag where git answers, and always a hash of the package's source.
 
-    A machine that got the tree without its history is told the commit by HF_LOWPREC_COMMIT (and nothing of dirt).
+    A machine that got the tree without its history is told the commit by HF_LOWPREC_COMMIT, which wins over git: what
+    git says of a copied tree is the state of the copy. Of dirt it is told nothing, `package_sha256` proves the source.
     """
     digest = hashlib.sha256()
     for path in sorted((REPOSITORY / "hf_lowprec").rglob("*.py")):
         digest.update(path.relative_to(REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes())
     status = _output("git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no")
+    told = os.environ.get("HF_LOWPREC_COMMIT")
     return {
-        "commit": _output("git", "-C", str(REPOSITORY), "rev-parse", "--verify", "-q", "HEAD")
-        or os.environ.get("HF_LOWPREC_COMMIT"),
-        "dirty": None if status is None else bool(status),
+        "commit": told or _output("git", "-C", str(REPOSITORY), "rev-parse", "--verify", "-q", "HEAD"),
+        "dirty": None if told or status is None else bool(status),
         "package_sha256": digest.hexdigest(),
     }
 
