@@ -63,10 +63,13 @@ clean:
 # --- the environment ------------------------------------------------------------------------------------------------
 # A stamp file per set of packages (the extras of pyproject.toml); touching pyproject.toml installs again.
 
-# On a machine with a GPU the torch that is there knows its driver; it is used as it is.
+# On a machine with a GPU the torch that is there knows its driver; it is used as it is. It may itself live in a virtual
+# environment, whose packages `--system-site-packages` does not show: a .pth file does.
 $(VENV)/.torch:
 ifeq ($(GPU),yes)
 	if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	$(PYTHON) -c 'import site; print(f"import site; list(map(site.addsitedir, {site.getsitepackages()}))")' \
+	> "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"; \
 	else $(PYTHON) -m venv $(VENV) && $(PIP) torch; fi
 else
 	$(PYTHON) -m venv $(VENV)

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "torchao", "liger-kernel", "numpy")
+LIBRARIES = (
+    "torch", "triton", "transformers", "accelerate", "peft", "torchao", "liger-kernel", "numpy", "bitsandbytes",
+    "flashoptim",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

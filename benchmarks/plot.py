@@ -36,13 +36,14 @@ STYLE = {
 
 # Family: (what its recipes' names start with, shades in the order in which members are first drawn).
 FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "bf16": (("bf16",), ("#8c8c8c", "#b4b4b4")),
+    "bf16": (("bf16", "fp32"), ("#8c8c8c", "#b4b4b4")),
     "fp16": (("fp16",), ("#a0785a",)),
     "fp8": (("fp8", "te-", "hfp8"), ("#1f77d0", "#7db8f2", "#14508c", "#4fa3b8", "#a9c9e8")),
     "mx": (("mx",), ("#c03a7f", "#de7fb0")),
-    "int8": (("switchback",), ("#e08a1e", "#f0b666")),
+    "int8": (("switchback", "compact"), ("#e08a1e", "#f0b666")),
+    "codebook": (("8bit", "4bit"), ("#8a63c9", "#b89be0")),
     "ternary": (("bitnet",), ("#2a9d5c", "#74c79a")),
-    "peers": (("torchao",), ("#d0553c",)),
+    "peers": (("torch", "bitsandbytes", "flashoptim"), ("#d0553c", "#e58d78", "#9c3b27", "#f0b3a4", "#b86a5a")),
 }
 _drawn: dict[str, dict[str, str]] = {}  # family -> recipe -> shade
 
@@ -145,6 +146,48 @@ def caption(data: dict[str, Any]) -> str:
     return f"{model}; {text}\n{conditions(case['environment'])}"
 
 
+# --- optimizer states ----------------------------------------------------------------------------------------------
+
+
+def loss_states(data: dict[str, Any]) -> Figure:
+    """The final loss gap of every state format to fp32 states, the control first; beside it, what the states cost."""
+    summary = {name: s for name, s in data["summary"].items() if name != data["baseline"] and "mean_gap" in s}
+    names = sorted(summary, key=lambda name: (name != data["control"], "/" in name))  # control, float32, bfloat16
+    figure = Figure(figsize=(8.2, 1.3 + 0.3 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
+    limit = 100 * data["tolerance"]
+    if "deviation" in (control := summary.get(data["control"], {})):
+        chaos = 100 * control["deviation"]
+        left.axvspan(-chaos, chaos, color=colour(data["baseline"]), alpha=0.2, lw=0,
+                     label="one seed's gap from rounding alone (± 1 deviation)")  # fmt: skip
+    left.axvline(0, color=INK, lw=0.8)
+    left.axvline(limit, color=INK, lw=0.8, ls=(0, (4, 4)), label=f"bound on mean + error: {limit:g} %")
+    for y, name in enumerate(names):
+        s, states = summary[name], name.partition("/")[0]
+        shade = colour(data["baseline"] if name == data["control"] else states)
+        gaps = 100 * np.asarray(s["gaps"], float)
+        left.plot(gaps, np.full(len(gaps), y), "|", color=shade, ms=7, alpha=0.55)
+        left.errorbar(100 * s["mean_gap"], y, xerr=100 * s.get("standard_error", 0), fmt="o", ms=5, capsize=3,
+                      color=shade)  # fmt: skip
+        right.barh(y, s["matrix_state_bytes"], color=shade, height=0.7)
+        right.text(s["matrix_state_bytes"], y, f" {s['matrix_state_bytes']:.2f}", va="center", fontsize=8)
+    labels = [f"{name}  ({len(summary[name]['seeds'])} seeds: {summary[name]['verdict']})" for name in names]
+    labels = [label.replace(data["control"], "control, torch", 1) if name == data["control"] else label
+              for name, label in zip(names, labels, strict=True)]  # fmt: skip
+    left.set_yticks(range(len(names)), labels, fontsize=8)
+    left.invert_yaxis()
+    left.set_title("validation gap to fp32 states (%)\nevery seed, mean ± standard error", fontsize=9)
+    right.set_title("bytes of state\nper parameter", fontsize=9)
+    right.margins(x=0.22)
+    figure.legend(loc="outside upper center", fontsize=8, ncols=2)
+    case = data["cases"][0]
+    figure.supxlabel(
+        f"Llama, {case['parameters'] / 1e6:.1f} M parameters, {case['study']['steps']} steps; name/master: bfloat16 "
+        f"Parameters\n{conditions(data['environments'][case['environment']])}", fontsize=8,
+    )  # fmt: skip
+    return figure
+
+
 # --- step time and memory ------------------------------------------------------------------------------------------
 
 
@@ -179,10 +222,62 @@ def step(data: dict[str, Any]) -> Figure:
     return figure
 
 
+# --- optimizer step ------------------------------------------------------------------------------------------------
+
+
+def optim(data: dict[str, Any]) -> Figure:
+    """Time of a step against what the states cost, of every contender that ran; circles are ours, squares peers."""
+    cases = [case for case in data["cases"] if case["status"] == "ok" and case["set"] == "big"]
+    figure = Figure(figsize=(9.0, 5.4), layout="constrained")
+    axes = figure.subplots()
+    labels = []
+    for case in cases:
+        name, told = case["contender"], case["state_bytes_told"]
+        x, y = case["state_bytes"] if told is None else told, case["ms_per_1e9"]
+        if x is not None:
+            peer = colour(name) in FAMILIES["peers"][1]
+            axes.plot(x, y, "s" if peer else "o", color=colour(name), ms=7)
+            labels.append((x, y, f"{name} {y:.1f}"))
+    label_apart(axes, labels)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    axes.set_xlim(-0.5, axes.get_xlim()[1] + 1.2)
+    axes.set_ylabel("ms per step and 1e9 parameters")
+    text = "circles: hf_lowprec, squares: peers; states@weights"
+    libraries = cases[0]["environment"]["libraries"]
+    peers = ", ".join(f"{name} {libraries[name]}" for name in ("bitsandbytes", "torchao", "flashoptim")
+                      if libraries.get(name))  # fmt: skip
+    below = (text, conditions(cases[0]["environment"]), peers)
+    axes.set_xlabel("\n".join(["bytes of state per parameter", *below]), fontsize=8)
+    return figure
+
+
+def label_apart(axes: Any, labels: list[tuple[float, float, str]], apart: float = 0.035) -> None:
+    """Names beside their points, on a logarithmic y axis; one that would lie on another moves up.
+
+    apart: of labels at nearby x, as a share of the height of all points.
+    """
+    ys = np.log([y for _, y, _ in labels])
+    height = max(float(np.ptp(ys)), 1e-3) if len(ys) else 1.0
+    placed: list[tuple[float, float]] = []
+    for x, y, text in sorted(labels, key=lambda label: label[1]):
+        at, left = float(np.log(y)), x < 1.5
+        for near, other in placed:
+            if abs(near - x) < 1.3 and not left:
+                at = max(at, other + apart * height)
+        if not left:
+            placed.append((x, at))
+        axes.annotate(text, (x, y), xytext=(-0.15 + x if left else x + 0.15, np.exp(at)), fontsize=8, va="center",
+                      ha="right" if left else "left")  # fmt: skip
+
+
 # name of the figure -> (file in benchmarks/results, function)
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "loss_parity": ("loss_parity.json", loss_parity),
+    "loss_states": ("loss_states.json", loss_states),
     "step": ("step.json", step),
+    "optim": ("optim.json", optim),
 }
 
 

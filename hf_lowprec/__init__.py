@@ -28,6 +28,7 @@ _EXPORTS = {
     "RecipeError": "recipe",
     "PRESETS": "recipe",
     "LowPrecLinear": "modules",
+    "StableEmbedding": "modules",
     "LowPrecConfig": "integrations.quantizer",
     "LowPrecCallback": "integrations.trainer",
     "LowPrecTrainingArguments": "integrations.trainer",
@@ -42,7 +43,7 @@ __all__ = [*_EXPORTS, *_NAMESPACES]
 
 if TYPE_CHECKING:
     from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, revert
-    from hf_lowprec.modules import LowPrecLinear
+    from hf_lowprec.modules import LowPrecLinear, StableEmbedding
     from hf_lowprec.recipe import PRESETS, Recipe, RecipeError
     from hf_lowprec.report import ConversionReport
     from hf_lowprec.stepping import attach_optimizer

@@ -89,10 +89,17 @@ def recipes(
 
 
 @app.command()
-def explain(name: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml or .json file.")]) -> None:
+def explain(
+    name: Annotated[str, typer.Argument(help="A recipe's name, a .yaml or .json file, or optimizer states (8bit).")],
+) -> None:
     """Say what a recipe computes in which precision, and print it as a file to start your own from."""
-    recipe = _recipe(name)
     console = _console()
+    try:
+        recipe = get_recipe(name)
+    except RecipeError as error:
+        if not _explain_states(name, console):
+            _fail(error)
+        return
     console.print(f"[bold]{recipe.name}[/]: {describe.one_line(recipe)}")
     if recipe.paper:
         console.print(recipe.paper)
@@ -111,6 +118,21 @@ def explain(name: Annotated[str, typer.Argument(help="A recipe's name, or a .yam
     console.print(f"\nnative on: {describe.needs(recipe)}" + ("; emulated elsewhere" * recipe.quantises_gemms))
     # What YAML would read back must not pass through markup or wrapping.
     typer.echo(f"\n# as a file (hf-lowprec run --recipe my.yaml train.py)\n{recipe.to_yaml()}", nl=False)
+
+
+def _explain_states(name: str, console: Console) -> bool:
+    """Optimizer states that are no recipe's; False if there are none of that name."""
+    from hf_lowprec.optim.table import bytes_words, named
+
+    states = named().get(name)
+    if states is None:
+        return False
+    console.print(f"[bold]{name}[/]: states of hf_lowprec.optim's optimizers, states={name!r}; docs/optimizers.md")
+    table = _table("kept", "", show_header=False)
+    for row in [*describe.state_rows(states), ("bytes per parameter", f"Adam's, {bytes_words(states)}")]:
+        table.add_row(*row)
+    console.print(table)
+    return True
 
 
 # --- inspect --------------------------------------------------------------------------------------------------------

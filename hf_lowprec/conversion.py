@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowprec import stepping
+from hf_lowprec import optim, stepping
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, original_class, set_class
 from hf_lowprec.recipe import Accumulation, Recipe, get_recipe
@@ -104,6 +104,7 @@ def convert(
         set_class(module, low_precision_class(module))  # type: ignore[arg-type]
     Session.begin(model, chosen, report, ScalingState(chosen, layers))
     stepping.install_hooks()
+    optim.mark_embeddings(model)  # for optimizers of ours that nobody attaches
     return report
 
 

@@ -11,12 +11,29 @@ import math
 from collections.abc import Sequence
 
 from hf_lowprec.formats import FORMATS, Format
-from hf_lowprec.recipe import ALIASES, PLANNED, PRESETS, Accumulation, Quant, Recipe, Rounding, Scaling, States
+from hf_lowprec.recipe import (
+    ALIASES,
+    PLANNED,
+    PRESETS,
+    Accumulation,
+    Quant,
+    Recipe,
+    Residual,
+    Rounding,
+    Scaling,
+    States,
+)
 
 GEMMS = {
     "fprop": ("output = input @ weight.T", ("input", "weight")),
     "dgrad": ("grad_input = grad_output @ weight", ("grad_output", "weight")),
     "wgrad": ("grad_weight = grad_output.T @ input", ("input", "grad_output")),
+}
+_COMPAND_WORDS = {
+    "none": "",
+    "softsign": "softsign-companded ",
+    "sqrt": "square roots in ",
+    "expand": "range-expanded ",
 }
 # Formats whose products FP8 tensor cores compute, with one scale per tensor.
 _TENSOR_CORE_FORMATS = ("e4m3fn", "e5m2")
@@ -54,6 +71,8 @@ def scaling_words(scaling: Scaling) -> str:
     parts = [groups.get(scaling.granularity, f"per {scaling.granularity}").format(*scaling.block)]
     if scaling.method == "current":
         parts.append("its own amax")
+    elif scaling.method == "predicted":
+        parts.append("a bound on its amax known beforehand")
     else:
         which = "largest" if scaling.algorithm == "max" else "most recent"
         parts.append(f"{which} amax of {scaling.history} steps")
@@ -61,8 +80,8 @@ def scaling_words(scaling: Scaling) -> str:
         parts.append(f"margin 2^{scaling.margin}")
     if scaling.snap != "exact":
         parts.append("powers of two" + ("" if scaling.snap == "rceil" else f" ({scaling.snap})"))
-    if scaling.store == "e8m0":
-        parts.append("stored as E8M0")
+    if scaling.store != "float32":
+        parts.append(f"stored as {'E8M0' if scaling.store == 'e8m0' else scaling.store}")
     return ", ".join(parts)
 
 
@@ -88,7 +107,9 @@ def quant_words(quant: Quant | None, otherwise: str) -> str:
     """One line for a slot; `otherwise` where it is empty."""
     if quant is None:
         return otherwise
-    return f"{quant.format}, {scaling_words(quant.scaling)}, {rounding_words(quant.rounding)}"
+    zero = ", nothing but zero becomes zero" if quant.nonzero else ""
+    what = f"{_COMPAND_WORDS[quant.compand]}{quant.format}"
+    return f"{what}, {scaling_words(quant.scaling)}, {rounding_words(quant.rounding)}{zero}"
 
 
 def slot_rows(recipe: Recipe) -> list[tuple[str, str, str, str, str]]:
@@ -132,17 +153,42 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _state_rows(states: States | None) -> list[tuple[str, str]]:
-    if states is None:
-        return [("optimizer", "the script's own, unchanged")]
+    return [("optimizer", "the script's own, unchanged")] if states is None else state_rows(states)
+
+
+def state_rows(states: States) -> list[tuple[str, str]]:
+    """(slot, words) of what an optimizer keeps per parameter."""
     rows = [
         ("exp_avg", quant_words(states.exp_avg, "float32")),
         ("exp_avg_sq", quant_words(states.exp_avg_sq, "float32")),
+        ("master", master_words(states)),
     ]
-    if states.master is None:
-        rows.append(("master", f"the Parameter itself, updated {rounding_words(states.update)}"))
-    else:
-        rows.append(("master", quant_words(states.master, "") + "; a float32 Parameter is its own"))
+    kept = [f"tensors under {states.min_numel} elements"] if states.min_numel else []
+    kept += [] if states.embeddings else ["embeddings"]
+    if kept:
+        rows.append(("float32 moments", " and ".join(kept)))
     return rows
+
+
+def master_words(states: States) -> str:
+    """Where the master of a 16-bit Parameter is, and how it rounds."""
+    master = states.master
+    if master is None:
+        return f"the Parameter itself, updated {rounding_words(states.update)}"
+    if isinstance(master, Residual):
+        rounding = "" if master.bits == 16 else f", {rounding_words(master.rounding)}"
+        words = f"{master.bits} bits beside a bfloat16 Parameter{rounding}"
+    else:
+        words = "float32" if isinstance(master, str) else quant_words(master, "")
+    return words + "; a float32 Parameter is its own"
+
+
+def master_name(states: States) -> str:
+    """The master's format in a word; empty where the Parameter is it."""
+    master = states.master
+    if isinstance(master, Residual):
+        return f"bf16+{master.bits}"
+    return master.format if isinstance(master, Quant) else master or ""
 
 
 def stays_high(recipe: Recipe) -> str:
@@ -173,7 +219,7 @@ def one_line(recipe: Recipe) -> str:
     states = recipe.states
     if states is not None and (states.exp_avg or states.exp_avg_sq or states.master):
         kept = [q.format if q else "float32" for q in (states.exp_avg, states.exp_avg_sq)]
-        parts.append(f"states {' + '.join(kept)}" + (f" + master {states.master.format}" if states.master else ""))
+        parts.append(f"states {' + '.join(kept)}" + (f" + master {master_name(states)}" if states.master else ""))
     if states is not None and states.update.mode == "stochastic":
         parts.append("16-bit weights updated with stochastic rounding")
     if recipe.communication is not None:
@@ -234,7 +280,7 @@ def recipe_table() -> str:
         rows.append((f"`{name}`{also}", one_line(recipe), needs(recipe), elsewhere))
     rows += [(f"`{name}`", PLANNED_WORDS[name], "planned", "") for name in PLANNED]
     rows.append(("`exmy:<e><m>`", "any exponent and mantissa width with packed storage", "planned", ""))
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def format_table() -> str:
@@ -245,7 +291,7 @@ def format_table() -> str:
         normal = _number(fmt.min_normal) if isinstance(fmt, Format) and fmt.min_normal > fmt.tiny else ""
         cells = (_number(fmt.max), normal, _number(fmt.tiny), specials, fmt.torch_dtype_name or "")
         rows.append((f"`{name}`", str(fmt.bits), *cells))
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _number(x: float) -> str:
@@ -254,7 +300,8 @@ def _number(x: float) -> str:
     return f"2^{exponent - 1}" if fraction == 0.5 and abs(exponent - 1) > 3 else f"{x:.7g}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row).replace("|  |", "| |").rstrip() + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines) + "\n"

@@ -26,7 +26,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hf_lowprec.codebooks import dynamic_tree, nf4
+from hf_lowprec.codebooks import dynamic_tree, linear_unsigned, nf4
 
 Specials = Literal["ieee", "fn", "fnuz", "none"]
 Subnormal = Literal["gradual", "flush", "normal0"]
@@ -267,6 +267,9 @@ class Codebook:
         if not 2 <= len(self.values) <= 1 << 16 or not ascending:
             raise ValueError(f"codebook {self.name!r}: 2 to 65536 finite values, strictly ascending")
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # of all the values it would take microseconds, and tables are looked up by format
+
     @property
     def bits(self) -> int:
         return (len(self.values) - 1).bit_length()
@@ -344,12 +347,15 @@ FORMATS: dict[str, Format | Codebook] = {
         Format(2, 1, name="e2m1"),  # MXFP4, NVFP4
         Format(3, 1, name="e3m1"),  # eXmY
         Format(0, 7, name="e0m7"),  # MXINT8 without its -2
+        Format(0, 8, signed=False, name="e0m8u"),  # uint8
         Format(6, 9, specials="ieee", name="e6m9"),  # IBM's accumulation format
         Format(6, 5, specials="ieee", subnormal="flush", name="e6m5"),  # stochastic-rounding MAC
         Format(8, 0, 127, specials="fn", subnormal="normal0", signed=False, name="e8m0u"),  # MX scale
         Codebook("nf4", nf4()),
         Codebook("dynamic8", dynamic_tree(signed=True)),
         Codebook("dynamic8u", dynamic_tree(signed=False)),
+        Codebook("dynamic4", dynamic_tree(signed=True, decades=3)),
+        Codebook("linear4u", linear_unsigned(4)),
     )
 }
 _NAMES: dict[Format, str] = {fmt: name for name, fmt in FORMATS.items() if isinstance(fmt, Format)}
@@ -363,11 +369,15 @@ _ALIASES: dict[str, str] = {dtype: name for name, dtype in _TORCH_DTYPES.items()
     "fp16": "e5m10", "half": "e5m10", "bf16": "e8m7", "e4m3fnuz": "e4m3b8", "e5m2fnuz": "e5m2b16",
     "float8_e4m3": "e4m3", "float8_e3m4": "e3m4", "float8_e4m3b11fnuz": "e4m3b11fnuz", "float6_e3m2fn": "e3m2",
     "float6_e2m3fn": "e2m3", "float4_e2m1fn": "e2m1", "mxint8": "e0m7",
+    "int8": "e0m7", "uint8": "e0m8u",
 }  # fmt: skip
 _GRAMMAR = re.compile(
     r"e(?P<exp>\d+)m(?P<man>\d+)(?:b(?P<bias>-?\d+))?"
     r"(?P<specials>ieee|fnuz|fn|none)?(?P<subnormal>gradual|flush|normal0)?(?P<unsigned>u)?"
 )
+
+
+_PARSED: dict[str, Format] = {}
 
 
 def get_format(name: str | Format | Codebook) -> Format | Codebook:
@@ -381,13 +391,18 @@ def get_format(name: str | Format | Codebook) -> Format | Codebook:
     key = _ALIASES.get(key, key)
     if key in FORMATS:
         return FORMATS[key]
+    if key in _PARSED:  # torch.compile cannot trace what follows
+        return _PARSED[key]
     match = _GRAMMAR.fullmatch(key)
     if match:
         part: dict[str, Any] = match.groupdict()
         bias = None if part["bias"] is None else int(part["bias"])
         specials: Any = part["specials"] or "none"
         subnormal: Any = part["subnormal"] or "gradual"
-        return Format(int(part["exp"]), int(part["man"]), bias, specials, subnormal, signed=part["unsigned"] is None)
+        signed = part["unsigned"] is None
+        return _PARSED.setdefault(
+            key, Format(int(part["exp"]), int(part["man"]), bias, specials, subnormal, signed=signed)
+        )
     if key in ("fp32", "float32", "float"):
         raise ValueError("float32 is no low-precision format; leave the slot empty (None) for it")
     near = difflib.get_close_matches(key, [*FORMATS, *_ALIASES], n=3, cutoff=0.5)

@@ -19,13 +19,21 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
-from hf_lowprec.formats import get_format
+from hf_lowprec.formats import Codebook, get_format
 
 _CONFIG = ConfigDict(extra="forbid")
 
@@ -57,24 +65,26 @@ class Scaling:
     """Which elements share a scale, and where the scale comes from. The scale multiplies codes: x ~ qdata * scale.
 
     granularity: `tensor`, `row`, `column`, `block` (`block=(k,)` along the GEMM's reduction axis), `tile` (`(m, n)`).
-    method: `none` (scale 1), `static` (2**exponent), `current` (this tensor's amax), `delayed` (amax history).
+    method: `none` (scale 1), `static` (2**exponent), `current` (this tensor's amax), `delayed` (amax history),
+        `predicted` (optimizer states: a bound on the amax that is known before the pass over the tensor).
     history, algorithm: delayed only: amax of `history` steps, their `max` or the `most_recent`.
     margin: powers of two of headroom that the scale leaves.
     snap: how the scale is rounded: `exact`; `rceil`, `ocp`, `ceil`, `even` are powers of two (OCP MX v1.0 and its
         variants; `rceil` never overflows the format).
-    store: `float32` or `e8m0` (needs a power-of-two snap).
+    store: `float32`; `e8m0` (needs a power-of-two snap); `float16` or `bfloat16` (optimizer states; rounded up, so
+        that no value leaves the format).
     group: who shares a delayed amax: `local` or `data_parallel` ranks.
     """
 
     granularity: Literal["tensor", "row", "column", "block", "tile"] = "tensor"
     block: tuple[int, ...] = ()
-    method: Literal["none", "static", "current", "delayed"] = "current"
+    method: Literal["none", "static", "current", "delayed", "predicted"] = "current"
     exponent: int = 0
     history: int = 1
     algorithm: Literal["max", "most_recent"] = "max"
     margin: int = 0
     snap: Literal["exact", "rceil", "ocp", "ceil", "even"] = "exact"
-    store: Literal["float32", "e8m0"] = "float32"
+    store: Literal["float32", "e8m0", "float16", "bfloat16"] = "float32"
     group: Literal["local", "data_parallel"] = "data_parallel"
 
     @model_validator(mode="after")
@@ -84,6 +94,8 @@ class Scaling:
             raise ValueError(f"block: {self.granularity!r} takes {wanted} positive sizes, got {self.block}")
         if self.method == "delayed" and self.granularity != "tensor":
             raise ValueError("granularity: delayed scaling keeps one amax history per tensor")
+        if self.method == "predicted" and self.granularity != "tensor":
+            raise ValueError("granularity: predicted scaling bounds the amax of a whole tensor")
         if self.method != "delayed" and (self.history != 1 or self.algorithm != "max"):
             raise ValueError("history, algorithm: only for method 'delayed'")
         if self.history < 1:
@@ -100,17 +112,75 @@ NONE = Scaling(method="none")
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Quant:
-    """One tensor in low precision: format, scaling, rounding, and what becomes of finite values beyond the format."""
+    """One tensor in low precision: format, scaling, rounding, and what becomes of finite values beyond the format.
+
+    compand, optimizer states only: the function under which a block is quantised (`numerics.compand`): `softsign` and
+        `sqrt` (FlashOptim, arXiv 2602.23349), `expand` (COAT, arXiv 2410.19313, dynamic range expansion).
+    nonzero, optimizer states only: a value other than 0 never becomes 0, but the smallest code of its sign.
+    """
 
     format: str
     scaling: Scaling = Scaling()
     rounding: Rounding = Rounding()
     overflow: Literal["saturate", "inf", "nan", "error"] = "saturate"
+    compand: Literal["none", "softsign", "sqrt", "expand"] = "none"
+    nonzero: bool = False
 
     @field_validator("format")
     @classmethod
     def _known(cls, name: str) -> str:
         return str(get_format(name))
+
+    @model_validator(mode="after")
+    def _check(self) -> Quant:
+        if self.scaling.method == "predicted" and isinstance(get_format(self.format), Codebook):
+            raise ValueError("method: predicted scaling needs a format whose rounding errors are bounded, no codebook")
+        if self.compand == "none":
+            return self
+        if self.scaling.granularity != "block" or self.scaling.method != "current":
+            raise ValueError(f"compand: {self.compand!r} needs blocks that are scaled by their own amax")
+        if self.scaling.snap != "exact" or self.scaling.margin:
+            raise ValueError(
+                f"compand: {self.compand!r} maps the amax to the format's largest value; no snap, no margin"
+            )
+        if get_format(self.format).min >= 0 and self.compand != "sqrt":
+            raise ValueError(f"compand: {self.compand!r} needs a signed format, {self.format} has none below zero")
+        return self
+
+    @property
+    def states_only(self) -> str:
+        """The first property that only an optimizer state can have; empty for a GEMM operand."""
+        scaling = self.scaling
+        if self.compand != "none" or self.nonzero:
+            return f"compand={self.compand!r}" if self.compand != "none" else "nonzero"
+        if scaling.method == "predicted":
+            return "method 'predicted'"
+        return f"store {scaling.store!r}" if scaling.store in ("float16", "bfloat16") else ""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Residual:
+    """The low bits of a float32 master that its bfloat16 Parameter lacks (`numerics.residual`), as integers.
+
+    bits: 8 makes a 24-bit master, 16 the float32 itself.
+    rounding: of the 24-bit master; 16 bits round nothing.
+    """
+
+    bits: Literal[8, 16]
+    rounding: Rounding = Rounding()
+
+    @model_validator(mode="after")
+    def _check(self) -> Residual:
+        if self.bits == 16 and self.rounding != Rounding():
+            raise ValueError("rounding: a residual of 16 bits is exact")
+        if self.rounding.mode not in ("nearest", "stochastic") or self.rounding.bits is not None:
+            raise ValueError("rounding: a residual is rounded to nearest, or stochastically with all its bits")
+        return self
+
+
+def _refuse_states_only(slot: str, quant: Quant | None) -> None:
+    if quant is not None and quant.states_only:
+        raise ValueError(f"{slot}: {quant.states_only} is for optimizer states")
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -141,23 +211,49 @@ class Gemm:
     grad_output: Quant | None = None
     accumulation: Accumulation = Accumulation()
 
+    @model_validator(mode="after")
+    def _check(self) -> Gemm:
+        for slot in ("input", "weight", "grad_output"):
+            _refuse_states_only(slot, getattr(self, slot))
+        return self
+
     @property
     def quantised(self) -> bool:
         return any(q is not None for q in (self.input, self.weight, self.grad_output))
 
 
+def _kind(master: Any) -> str:
+    """Which of the three a master is, so that an error speaks of that one only."""
+    if isinstance(master, str):
+        return "name"
+    return "residual" if isinstance(master, Residual) or (isinstance(master, dict) and "bits" in master) else "quant"
+
+
+_Master = Annotated[
+    Annotated[Quant, Tag("quant")] | Annotated[Residual, Tag("residual")] | Annotated[Literal["float32"], Tag("name")],
+    Discriminator(_kind),
+]
+
+
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class States:
-    """Optimizer states of Adam. None keeps float32; `master=None` makes the Parameter itself the master.
+    """What an optimizer keeps of a parameter. None keeps a moment in float32.
 
-    master: used where the Parameter is loaded in 16 bits; a float32 Parameter is its own master.
+    exp_avg, exp_avg_sq: Adam's moments; the momentum of Lion and SGD goes by `exp_avg`. Blocks count over the tensor
+        flattened in row-major order; the last one may be short.
+    master: where the Parameter is loaded in 16 bits (a float32 Parameter is its own master): a Quant of it, "float32",
+        a `Residual` beside a bfloat16 Parameter, or None: the Parameter itself is the master.
     update: rounding of a 16-bit Parameter that is its own master.
+    min_numel: tensors of fewer elements (counted before sharding) keep float32 moments.
+    embeddings: False keeps float32 moments for embeddings (arXiv 2110.02861, section 2.3).
     """
 
     exp_avg: Quant | None = None
     exp_avg_sq: Quant | None = None
-    master: Quant | None = None
+    master: _Master | None = None
     update: Rounding = Rounding()
+    min_numel: int = 0
+    embeddings: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> States:
@@ -167,6 +263,16 @@ class States:
                 "exp_avg_sq: 8 bits with one scale per tensor round small second moments to zero and the update "
                 "diverges (FP8-LM, arXiv 2310.18313, table 6, variant #4); use e5m10, or a block scaling"
             )
+        if self.exp_avg is not None and (self.exp_avg.compand == "sqrt" or get_format(self.exp_avg.format).min >= 0):
+            raise ValueError("exp_avg: a first moment has two signs; no compand 'sqrt' and no unsigned format")
+        if isinstance(self.master, Quant) and self.master.compand != "none":
+            raise ValueError("master: compand is for moments")
+        for slot in ("exp_avg", "exp_avg_sq", "master"):
+            quant = getattr(self, slot)
+            if isinstance(quant, Quant) and quant.overflow == "error":
+                raise ValueError(f"{slot}: overflow 'error' reads every result back to the host")
+        if self.min_numel < 0:
+            raise ValueError("min_numel: at least 0")
         return self
 
 
@@ -182,6 +288,11 @@ class Communication:
     auto_scale: bool = False
     saturation: float = 1e-5
     growth: int = 1000
+
+    @model_validator(mode="after")
+    def _check(self) -> Communication:
+        _refuse_states_only("gradient", self.gradient)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -216,6 +327,7 @@ class Recipe:
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        _refuse_states_only("saved", self.saved)
         foreign = {"fprop": "grad_output", "dgrad": "input", "wgrad": "weight"}
         for gemm, slot in foreign.items():
             if getattr(getattr(self, gemm), slot) is not None:
@@ -333,10 +445,22 @@ _D1024 = Scaling(method="delayed", history=1024)
 _STATIC = Scaling(method="static", exponent=0)
 _SR = Rounding(mode="stochastic")
 
-FP8_LM_STATES = States(
+# The paper's states, scaled by the exact amax: two passes over a tensor. Table 6 calls them #2a.
+_PAPER_STATES = States(
     exp_avg=Quant(format="e4m3fn", scaling=_POW2),
     exp_avg_sq=Quant(format="e5m10", scaling=_POW2),
     master=Quant(format="e5m10", scaling=_POW2, rounding=_SR),
+)
+# What we run. One pass: scales from a bound on the amax (`optim.bounds`). The first moment is rounded stochastically:
+# at 4 codes and below, 0.9 m rounds back to m, and momentum that no gradient renews would never decay while its second
+# moment does (benchmarks/LOG.md, "Momentum that sticks"). A second moment that is not 0 never becomes 0, where the
+# update would divide by eps alone. The master's margin costs FP16 nothing: weights seldom span 2^26.
+_PREDICTED = Scaling(method="predicted", snap="rceil")
+FP8_LM_STATES = States(
+    exp_avg=Quant(format="e4m3fn", scaling=_PREDICTED, rounding=_SR),
+    exp_avg_sq=Quant(format="e5m10", scaling=_PREDICTED, nonzero=True),
+    master=Quant(format="e5m10", scaling=replace(_PREDICTED, margin=4), rounding=_SR),
+    min_numel=4096,
 )
 _FP8_LM = Recipe(
     name="fp8-lm",
@@ -396,9 +520,9 @@ PLANNED: tuple[str, ...] = (
 DECOUPLING: dict[str, States] = {
     "#0": States(),
     "#1": States(),
-    "#2a": FP8_LM_STATES,
-    "#2b": replace(FP8_LM_STATES, master=Quant(format="e8m7", scaling=NONE, rounding=_SR)),
-    "#3": replace(FP8_LM_STATES, master=Quant(format="e4m3fn", scaling=_POW2, rounding=_SR)),
+    "#2a": _PAPER_STATES,
+    "#2b": replace(_PAPER_STATES, master=Quant(format="e8m7", scaling=NONE, rounding=_SR)),
+    "#3": replace(_PAPER_STATES, master=Quant(format="e4m3fn", scaling=_POW2, rounding=_SR)),
 }
 
 

@@ -6,7 +6,7 @@
 
 torch's global optimizer hooks fire for optimizers that a script built itself and for those that we never saw.
 The amax histories, mu, counters and the recipe ride in `optimizer.state_dict()["hf_lowprec"]`, so an unmodified
-Trainer or `Accelerator.save_state` saves and resumes them.
+Trainer or `Accelerator.save_state` saves and resumes them. (Of sharded Parameters they ride in the first group.)
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hf_lowprec import optim
-from hf_lowprec.formats import get_format
-from hf_lowprec.optim.adamw import BEFORE_CHECKPOINT
-from hf_lowprec.optim.states import layout, resolve_states
-from hf_lowprec.recipe import States
+from hf_lowprec.optim import states as st
+from hf_lowprec.optim.checkpoints import BEFORE_CHECKPOINT
+from hf_lowprec.optim.release import BEFORE_UPDATE
+from hf_lowprec.optim.shards import is_sharded
+from hf_lowprec.recipe import Quant, Residual
 from hf_lowprec.session import Session, live_sessions, session_of
 
 STATE_KEY = "hf_lowprec"
@@ -55,12 +56,13 @@ _ATTACHED: weakref.WeakKeyDictionary[Session, list[tuple[weakref.ref[torch.optim
 
 
 def install_hooks() -> None:
-    """Register the two step hooks, and have our AdamW look for its sessions before it saves or loads; once."""
+    """Register the two step hooks, and have our optimizers look for their sessions before they save or load; once."""
     global _installed
     if not _installed:
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
         BEFORE_CHECKPOINT.append(_followed)
+        BEFORE_UPDATE.append(_before_update)
         _installed = True
 
 
@@ -69,12 +71,12 @@ def attach_optimizer(
 ) -> torch.optim.Optimizer:
     """Make `optimizer` follow the model's recipe, and its state dict carry the recipe's state. Idempotent.
 
-    `Accelerator.prepare` calls it. `hf_lowprec.optim.AdamW` saves and loads the recipe's state without it. Any other
-    optimizer works without it, and saves that state from its first step on; but torch offers no way to notice what it
-    loads before, and the state in that checkpoint is dropped silently: attach before `load_state_dict`.
+    `Accelerator.prepare` calls it. Optimizers of `hf_lowprec.optim` save and load the recipe's state without it. Any
+    other optimizer works without it, and saves that state from its first step on; but torch offers no way to notice
+    what it loads before, and the state in that checkpoint is dropped silently: attach before `load_state_dict`.
 
     Adam and AdamW are replaced by `hf_lowprec.optim.AdamW` over the same param groups when the recipe names optimizer
-    states; any other optimizer is kept, and the report says so.
+    states; any other optimizer is kept, and the report says so. Embeddings are marked (`optim.mark_embeddings`).
 
     keep: a reason not to replace the optimizer, e.g. that its Parameters are shards (which need not be the model's).
 
@@ -89,13 +91,18 @@ def attach_optimizer(
             "the optimizer holds none of the model's parameters: build it from the parameters of the model that is "
             "prepared, after any step that replaces them (PEFT, resize_token_embeddings, from_pretrained)"
         )
+    optim.mark_embeddings(session.root)
     states = session.recipe.states
-    if keep is not None or isinstance(optimizer, optim.AdamW) or states is None:
-        why = keep or ("as asked" if states is None else "already low precision")
-        how = f"kept ({why})"
+    if keep is not None:
+        how = f"kept ({keep})"
+    elif isinstance(optimizer, optim.LowPrecOptimizer):
+        optimizer.note_embeddings()
+        how = f"with {_describe(optimizer)}"
+    elif states is None:
+        how = "kept (as asked)"
     elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         optimizer = optim.AdamW.adopt(optimizer, states)
-        how = f"with {_describe(states, session.root)}"
+        how = f"with {_describe(optimizer)}"
     else:
         how = "kept (only Adam and AdamW have low-precision states)"
     _report(session, optimizer, f"optimizer {type(optimizer).__name__} {how}")
@@ -116,14 +123,23 @@ def carry_state(session: Session, optimizer: torch.optim.Optimizer) -> None:
     def save(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         states = [s.state_dict() for s in _carried(optimizer)]
         if states:
-            state_dict[STATE_KEY] = states[0] if len(states) == 1 else {"models": states}
+            # torch.distributed.checkpoint, which FSDP2 saves by, drops all but `state` and `param_groups`.
+            sharded = is_sharded(p for group in optimizer.param_groups for p in group["params"])
+            place = state_dict["param_groups"][0] if sharded else state_dict
+            place[STATE_KEY] = states[0] if len(states) == 1 else {"models": states}
 
     # Checked before torch touches its own states and loaded after them, so that a refusal changes nothing.
     def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         pending.clear()
-        if STATE_KEY not in state_dict:
+        saved = state_dict.get(STATE_KEY)
+        groups = state_dict.get("param_groups")
+        if groups and STATE_KEY in groups[0]:  # `state_dict` is a copy that torch has made, its groups are not
+            saved = groups[0][STATE_KEY]
+            first = {key: value for key, value in groups[0].items() if key != STATE_KEY}
+            state_dict["param_groups"] = [first, *groups[1:]]
+        if saved is None:
             return
-        saved, sessions = state_dict[STATE_KEY], _carried(optimizer)
+        sessions = _carried(optimizer)
         states = saved["models"] if isinstance(saved, dict) and "models" in saved else [saved]
         if len(states) != len(sessions):
             raise ValueError(f"low-precision state of {len(states)} models; this optimizer updates {len(sessions)}")
@@ -150,6 +166,14 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
         if followed.swap is not None:
             args, kwargs = followed.swap.pre_step(optimizer, args, kwargs) or (args, kwargs)
     return args, kwargs
+
+
+def _before_update(optimizer: torch.optim.Optimizer, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """With gradient release a gradient is quantised where it is used, inside backward."""
+    for followed in _followed(optimizer):
+        if followed.swap is not None and param in followed.swap.index:
+            grad = followed.swap.quantizer.quantize(followed.swap.index[param], grad)
+    return grad
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -189,11 +213,27 @@ def _swap(session: Session) -> optim.GradientSwap | None:
 # --- what the report says -------------------------------------------------------------------------------------------
 
 
-def _describe(states: States, model: nn.Module) -> str:
-    slots = {"exp_avg": states.exp_avg, "exp_avg_sq": states.exp_avg_sq}
-    if any(p.element_size() == 2 and p.requires_grad for p in model.parameters()):
-        slots["master"] = states.master  # a float32 Parameter is its own master
-    return ", ".join(f"{name} {quant.format}" for name, quant in slots.items() if quant) or "float32 states"
+def _describe(optimizer: optim.LowPrecOptimizer) -> str:
+    """The formats of what the optimizer's groups keep of a large parameter."""
+    said = dict.fromkeys(_describe_group(optimizer, group) for group in optimizer.param_groups if group["params"])
+    return " / ".join(said)
+
+
+def _describe_group(optimizer: optim.LowPrecOptimizer, group: dict[str, Any]) -> str:
+    dtype = min((p.dtype for p in group["params"]), key=lambda dtype: dtype.itemsize)  # 16 bits have the master
+    states = st.with_master(st.resolve_states(group["states"]), group["master"])
+    words = []
+    for slot, kept in st.layout(states, dtype, optimizer.moments(group, {})).items():
+        if isinstance(kept, Quant):
+            words.append(f"{slot} {kept.format}")
+        elif isinstance(kept, Residual):
+            words.append(f"{slot} bf16+{kept.bits}")
+        elif slot == "master":
+            words.append("master float32")
+    words = words or ["float32 states"]
+    if dtype.itemsize == 2 and states.master is None and states.update.mode == "stochastic":
+        words.append("weights rounded stochastically")
+    return ", ".join(words)
 
 
 def _report(session: Session, optimizer: torch.optim.Optimizer, line: str) -> None:
@@ -215,31 +255,32 @@ def _held(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
 
 def _bytes_per_parameter(session: Session, optimizers: list[torch.optim.Optimizer]) -> float:
     """Weights, gradients and optimizer states of what trains; frozen Parameters count as weights."""
-    holders = {key: (optimizer, group) for optimizer in optimizers for key, group in _held(optimizer).items()}
-    total = count = 0.0
+    states = {key: size for optimizer in optimizers for key, size in _state_bytes(optimizer).items()}
+    total = count = 0
     for parameter in session.root.parameters():
-        size = float(parameter.element_size())
-        if parameter.requires_grad and id(parameter) in holders:
-            size += size + _state_bytes(parameter, *holders[id(parameter)])
+        size = parameter.numel() * parameter.element_size()
+        total += size
+        if parameter.requires_grad and id(parameter) in states:
+            total += size + states[id(parameter)]
         count += parameter.numel()
-        total += parameter.numel() * size
-    return total / max(1.0, count)
+    return total / max(1, count)
 
 
 def _counted(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `_state_bytes` knows its states: ours, and torch's Adam, AdamW and SGD. Subclasses may add others."""
-    return isinstance(optimizer, optim.AdamW) or type(optimizer) in _TORCH_KNOWN
+    return isinstance(optimizer, optim.LowPrecOptimizer) or type(optimizer) in _TORCH_KNOWN
 
 
-def _state_bytes(parameter: torch.Tensor, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """Per element: Adam's moments, and the master of a 16-bit Parameter; momentum of SGD; 0 for the unknown."""
-    if isinstance(optimizer, optim.AdamW):
-        slots = layout(resolve_states(group["states"]), parameter).values()
-        return sum(4.0 if quant is None else get_format(quant.format).bits / 8 for quant in slots)
-    if not _counted(optimizer):
-        return 0.0
-    if isinstance(optimizer, torch.optim.SGD):
-        slots_kept = 1 if group["momentum"] else 0
-    else:
-        slots_kept = 3 if group["amsgrad"] else 2
-    return float(slots_kept * parameter.element_size())
+def _state_bytes(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """What the optimizer keeps of each parameter, by its id; 0 for the unknown."""
+    if isinstance(optimizer, optim.LowPrecOptimizer):
+        return optimizer.state_bytes()
+    sizes = {}
+    for group in optimizer.param_groups:
+        slots_kept = 0
+        if isinstance(optimizer, torch.optim.SGD):
+            slots_kept = 1 if group["momentum"] else 0
+        elif _counted(optimizer):
+            slots_kept = 3 if group["amsgrad"] else 2
+        sizes.update({id(p): slots_kept * p.numel() * p.element_size() for p in group["params"]})
+    return sizes

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 from hf_lowprec.describe import format_table, recipe_table
+from hf_lowprec.optim.table import state_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/recipes.md", "docs/numerics.md")
-TABLES = {"recipes": recipe_table, "formats": format_table}
+PAGES = ("README.md", "docs/recipes.md", "docs/numerics.md", "docs/optimizers.md")
+TABLES = {"recipes": recipe_table, "formats": format_table, "states": state_table}
 
 
 def filled(text: str) -> str:

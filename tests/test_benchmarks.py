@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("verdict", "harness", "corpus", "plot", "environment"):
+    for name in ("verdict", "harness", "corpus", "plot", "environment", "lanes", "loss_parity", "loss_states"):
         sys.modules.pop(name, None)
 
 
@@ -99,6 +101,145 @@ def test_corpus_from_a_folder(tmp_path: Path) -> None:
     assert decoded.startswith("Text ") and (tokens == 0).sum() == meta["splits"]["valid"]["documents"]
 
 
+# --- loss_states.py ------------------------------------------------------------------------------------------------
+
+FP32 = losses(5.00, 5.02, 5.04, 5.06)
+
+
+def shifted(*gaps: float) -> dict[int, float]:
+    return {seed: loss * (1 + gap) for (seed, loss), gap in zip(FP32.items(), gaps, strict=False)}
+
+
+@pytest.mark.parametrize(
+    ("candidate", "verdict", "two_sided"),
+    [
+        (shifted(0.0004, 0.0005, 0.0006, 0.0005), "not higher", "same"),
+        (shifted(-0.0040, -0.0041, -0.0042, -0.0041), "not higher", "different"),  # a lower loss is not higher
+        (shifted(0.0009, 0.0005, 0.0020, 0.0001), "inconclusive", "inconclusive"),  # 0.088 % +- 0.041 %
+        (shifted(0.0040, 0.0041, 0.0042, 0.0041), "higher", "different"),
+        (shifted(0.0001, 0.0001), "inconclusive", "inconclusive"),
+        (shifted(0.0001, 0.0001, float("nan")), "higher", "different"),
+        ({}, "inconclusive", "inconclusive"),
+    ],
+)
+def test_verdict_on_states(candidate: dict[int, float], verdict: str, two_sided: str) -> None:
+    from loss_states import judge
+
+    found = judge(FP32, candidate)
+    assert (found["verdict"], found["two_sided"]) == (verdict, two_sided)
+
+
+def test_three_seeds_that_agree_by_luck_are_judged_by_the_spread_of_the_control() -> None:
+    from loss_states import judge
+
+    lucky = shifted(0.0005, 0.0005, 0.0005)
+    assert judge(FP32, lucky)["verdict"] == "not higher"
+    found = judge(FP32, lucky, chaos=0.003)
+    assert found["verdict"] == "inconclusive" and found["standard_error"] == pytest.approx(0.003 / 3**0.5)
+
+
+def test_whole_rounds_of_all_formats_come_before_further_seeds() -> None:
+    from loss_states import pack, plan
+
+    pairs = plan(["fp32", "8bit", "8bit/sr"], [1, 2], 2, ["fp32", "8bit"])
+    rounds = [(name, seed) for seed in (1, 2) for name in ("fp32", "8bit", "8bit/sr")]
+    assert pairs == [*rounds, ("fp32", 3), ("8bit", 3), ("fp32", 4), ("8bit", 4)]
+    assert pack(pairs, 3) == [
+        [("fp32", 1), ("8bit", 1), ("fp32", 2)],
+        [("8bit/sr", 1), ("8bit/sr", 2)],
+        [("8bit", 2), ("fp32", 3), ("8bit", 3)],
+        [("fp32", 4), ("8bit", 4)],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")  # lanes are strided
+@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_a_lane_is_a_llama(compute: str, tolerance: float) -> None:
+    """Losses and gradients of the batched pass are those of LlamaForCausalLM under autocast; clipping is per lane."""
+    pytest.importorskip("transformers")
+    import torch
+    from lanes import Lanes
+    from loss_states import MICRO
+
+    config = {**MICRO.model, "num_hidden_layers": 2, "vocab_size": 50}
+    dtype = getattr(torch, compute)
+    lanes = Lanes([1, 2, 1], config, dtype=torch.float32, compute=dtype, device="cpu")
+    ids = torch.randint(0, 50, (3, 2, 16), generator=torch.Generator().manual_seed(0))
+    found = lanes.backward(ids, clip=1e9)
+    grads = lanes.grads.clone()
+    for lane, (model, seed) in enumerate(zip(lanes.lanes, (1, 2, 1), strict=True)):
+        from harness import build_llama
+
+        alone = build_llama(seed, "fp32", **config)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = alone(input_ids=ids[lane], labels=ids[lane]).loss
+        loss.backward()
+        torch.testing.assert_close(found[lane], loss.detach(), rtol=tolerance, atol=0)
+        expected = torch.cat([p.grad.flatten() for p in alone.parameters()])
+        assert (grads[lane] - expected).norm() <= 10 * tolerance * expected.norm()
+        for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+    half = float(grads[1].norm()) / 2
+    lanes.backward(ids, clip=half)
+    assert float(lanes.grads[1].norm()) == pytest.approx(half, rel=1e-4)
+    step = torch.optim.SGD(lanes.lanes[0].parameters(), lr=1.0)
+    before = lanes.weights.clone()
+    step.step()
+    torch.testing.assert_close(lanes.weights[0], before[0] - lanes.grads[0])
+    assert torch.equal(lanes.weights[1:], before[1:]), "an optimizer reaches its own lane only"
+
+
+def toy_corpus(folder: Path) -> None:
+    """Tokens of falling frequency, each followed by its double half of the time."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for name, count in (("train.bin", 20_000), ("valid.bin", 2_000)):
+        tokens = rng.zipf(1.3, count) % 128
+        follow = rng.random(count) < 0.5
+        tokens[1:][follow[1:]] = 2 * tokens[:-1][follow[1:]] % 128
+        tokens.astype(np.uint16).tofile(folder / name)
+    (folder / "meta.json").write_text(json.dumps({"vocab": 128, "files": {"train.bin": {"sha256": "toy"}}}))
+
+
+def test_the_states_study_runs_at_toy_size(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    toy_corpus(tmp_path / "toy")
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(BENCHMARKS / "loss_states.py"), "--micro", "--device", "cpu", "--steps", "12",
+               "--lr", "3e-3", "--formats", "torch", "8bit", "8bit/bf16+16", "--seeds", "1", "2", "--more", "1",
+               "--more-formats", "8bit", "--jobs", "1", "--corpus", str(tmp_path / "toy"),
+               "--out", str(out)]  # fmt: skip
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environ)
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert [(case["format"], case["seed"]) for case in result["cases"]] == [
+        ("fp32", 1), ("fp32", 2), ("fp32", 3), ("torch", 1), ("torch", 2), ("8bit", 1), ("8bit", 2), ("8bit", 3),
+        ("8bit/bf16+16", 1), ("8bit/bf16+16", 2),
+    ]  # fmt: skip
+    for case in result["cases"]:
+        assert case["train_curve"][-1] < case["train_curve"][0] - 0.3 and case["skipped_steps"] == 0
+    summary = result["summary"]
+    assert abs(summary["torch"]["mean_gap"]) < 1e-4, "the control differs by rounding only"
+    assert 0 < abs(summary["8bit"]["mean_gap"]) < 0.01 and summary["8bit"]["seeds"] == [1, 2, 3]
+    assert summary["fp32"]["matrix_state_bytes"] == pytest.approx(8, abs=0.01)
+    assert summary["8bit"]["matrix_state_bytes"] == pytest.approx(2 + 8 / 256, abs=0.01)
+    assert summary["8bit/bf16+16"]["matrix_state_bytes"] == pytest.approx(4 + 8 / 256, abs=0.01)
+
+    pytest.importorskip("matplotlib")
+    from plot import draw
+
+    (tmp_path / "results").mkdir()
+    out.rename(tmp_path / "results" / "loss_states.json")
+    assert draw("loss_states", tmp_path / "results", tmp_path)
+    assert (tmp_path / "loss_states.png").stat().st_size > 10_000
+
+    again = [*command[:-1], str(tmp_path / "results" / "loss_states.json"), "--any-source"]
+    assert "10 runs done before, 0 to do" in subprocess.run(again, check=True, capture_output=True, text=True).stdout
+
+
 def test_a_stored_case_is_reused_only_for_the_same_settings_gpu_and_source() -> None:
     from harness import reusable
 
@@ -128,6 +269,30 @@ def test_recorded_command_holds_no_absolute_path(monkeypatch: pytest.MonkeyPatch
     script = str(BENCHMARKS / "x.py")
     monkeypatch.setattr(sys, "argv", [script, "--out", "/some/where/y.json", "--root=/a/b", f"{BENCHMARKS}/results"])
     assert command() == "python benchmarks/x.py --out y.json --root=b benchmarks/results"
+
+
+def test_the_optimizer_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "optim.json"
+    command = [sys.executable, str(BENCHMARKS / "bench_optim.py"), "--micro", "--device", "cpu", "--steps", "2",
+               "--jobs", "2", "--only", "8bit@bf16", "fp8-lm", "torch@bf16", "flashoptim",
+               "--out", str(out)]  # fmt: skip
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    cases = {(case["contender"], case["set"]): case for case in json.loads(out.read_text())["cases"]}
+    names = [name for name in ("8bit@bf16", "fp8-lm@bf16", "torch@bf16") for _ in range(2)]
+    assert [name for name, _ in cases if not name.startswith("flash")] == names
+    for case in (case for (name, _), case in cases.items() if not name.startswith("flash")):
+        assert case["status"] == "ok" and case["ms_per_1e9"] > 0 and case["wall_ms"] > 0
+        assert "bitsandbytes" in case["environment"]["libraries"]
+    assert cases["8bit@bf16", "big"]["state_bytes_told"] == pytest.approx(2 + 8 / 256, abs=0.2)
+    assert cases["fp8-lm@bf16", "big"]["bytes"] == pytest.approx(14, abs=0.3)
+    if cases["flashoptim@bf16", "big"]["status"] == "not installed":
+        assert "SKIPPED: flashoptim@bf16" in done.stdout
+
+    pytest.importorskip("matplotlib")
+    from plot import draw
+
+    assert draw("optim", out.parent, tmp_path)
+    assert (tmp_path / "optim.png").stat().st_size > 5_000
 
 
 @pytest.mark.slow

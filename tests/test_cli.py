@@ -15,9 +15,10 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from hf_lowprec import cli, describe, doctor
+from hf_lowprec import cli, describe, doctor, optim
 from hf_lowprec.conversion import native_problem
-from hf_lowprec.recipe import ALIASES, PLANNED, PRESETS, Quant, Recipe, Rounding, Scaling
+from hf_lowprec.optim.table import named
+from hf_lowprec.recipe import ALIASES, PLANNED, PRESETS, Quant, Recipe, Residual, Rounding, Scaling, States
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,11 +110,45 @@ def test_words_tell_apart_what_differs():
         Scaling(method="none"), Scaling(method="static", exponent=3), Scaling(granularity="row"),
         Scaling(granularity="block", block=(32,)), Scaling(granularity="tile", block=(1, 128)),
         Scaling(method="delayed", history=16), Scaling(method="delayed", history=16, algorithm="most_recent"),
+        Scaling(method="predicted"), Scaling(store="float16"), Scaling(store="bfloat16"),
     ]  # fmt: skip
     assert len({describe.scaling_words(s) for s in scalings}) == len(scalings)
     roundings = [Rounding(mode=m) for m in ("nearest", "away", "zero", "stochastic")]
     roundings.append(Rounding(mode="stochastic", bits=8))
     assert len({describe.rounding_words(r) for r in roundings}) == len(roundings)
+    block = Scaling(granularity="block", block=(32,))
+    quants = [Quant(format="e0m7", scaling=block, compand=c) for c in ("none", "softsign", "sqrt", "expand")]
+    quants.append(Quant(format="e0m7", scaling=block, nonzero=True))
+    assert len({describe.quant_words(q, "") for q in quants}) == len(quants)
+    masters = [
+        None,
+        "float32",
+        Residual(bits=8),
+        Residual(bits=8, rounding=roundings[3]),
+        Residual(bits=16),
+        quants[0],
+    ]
+    states = [States(master=m) for m in masters] + [States(update=roundings[3])]
+    assert len({describe.master_words(s) for s in states}) == len(states)
+
+
+@pytest.mark.parametrize("name", [name for name in named() if name not in PRESETS])
+def test_explain_states(name):
+    """Every slot in words, and the bytes that one parameter of two million elements takes."""
+    output = invoke("explain", name)
+    states = named()[name]
+    kept = rows(output)
+    assert {"exp_avg", "exp_avg_sq", "master"} <= kept.keys()
+    if states.exp_avg is not None:
+        assert states.exp_avg.format in output
+    for dtype in (torch.float32, torch.bfloat16):
+        param = torch.nn.Parameter(torch.ones(2**21, dtype=dtype))
+        param.grad = torch.ones_like(param)
+        optimizer = optim.AdamW([param], states=states)
+        optimizer.step()
+        held = sum(t.numel() * t.element_size() for t in optimizer.state[param].values())
+        assert f" {held / 2**21:.2f}" in output.split("Adam's,")[1]
+    assert name in (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +186,8 @@ def test_inspect_folds_equal_layers_and_gives_reasons(config, monkeypatch):
     assert "left alone on a GPU" in lines["model.layers.*.mlp.up_proj"]
     assert "left alone: output embedding or head" in lines["lm_head"]
     assert "converted 21 of 22 linears" in output
-    assert "exp_avg e4m3fn" in output and "9.00 bytes per parameter" in output
+    # 9 bytes; 5 more for k_proj, v_proj and norms, which are small and keep float32 moments: 12,736 of 122,816
+    assert "exp_avg e4m3fn" in output and "9.52 bytes per parameter" in output
 
 
 def test_inspect_every_layer_of_a_config_file(config):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_lowprec.codebooks import nearest_boundaries
 from hf_lowprec.formats import FORMATS, Codebook, Format, get_format
 
 CATALOGUE = [
@@ -28,6 +29,7 @@ CATALOGUE = [
     ("e2m1", 1, 6, 1, 0.5, 4),
     ("e3m1", 3, 24, 0.25, 0.125, 5),
     ("e0m7", 0, 1.984375, 2**-6, 2**-6, 8),
+    ("e0m8u", 0, 1.9921875, 2**-7, 2**-7, 8),
     ("e6m9", 31, 4290772992, 2**-30, 2**-39, 16),
     ("e6m5", 31, 4227858432, 2**-30, 2**-30, 12),
     ("e8m0u", 127, 2.0**127, 2**-127, 2**-127, 8),
@@ -39,7 +41,7 @@ def test_catalogue(name: str, bias: int, top: float, min_normal: float, tiny: fl
     fmt = FORMATS[name]
     assert isinstance(fmt, Format)
     assert (fmt.bias, fmt.max, fmt.min_normal, fmt.tiny, fmt.bits) == (bias, top, min_normal, tiny, bits)
-    assert fmt.min == (tiny if name == "e8m0u" else -top)
+    assert fmt.min == {"e8m0u": tiny, "e0m8u": 0.0}.get(name, -top)
     assert fmt.emax == np.frexp(top)[1] - 1
 
 
@@ -80,6 +82,8 @@ def test_aliases() -> None:
         "float8_e8m0fnu": "e8m0u",
         "float4_e2m1fn": "e2m1",
         "mxint8": "e0m7",
+        "int8": "e0m7",
+        "uint8": "e0m8u",
     }.items():
         assert get_format(alias) is FORMATS[name]
     assert get_format(Format(4, 3, specials="fn")) == FORMATS["e4m3fn"]
@@ -185,6 +189,26 @@ def test_dynamic_tree() -> None:
     assert signed.values[-1] == unsigned.values[-1] == 1.0 and unsigned.values[0] == 0.0
     assert signed.tiny == pytest.approx(5.5e-7) and unsigned.tiny == pytest.approx(3.25e-7)
     assert {-v for v in signed.values} - set(signed.values) == {-1.0}
+
+
+def test_codebooks_are_those_of_torchao() -> None:
+    """To a float32 ulp: torchao (as bitsandbytes) forms midpoints and powers of ten in float32, we round once."""
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    for name, arguments in (("dynamic4", (True, 3, 4)), ("dynamic8", (True, 7, 8)), ("dynamic8u", (False, 7, 8))):
+        np.testing.assert_allclose(FORMATS[name].values, create_dynamic_map(*arguments), rtol=2e-7, atol=0)  # type: ignore[arg-type]
+    assert FORMATS["linear4u"].values == tuple(torch.linspace(0, 1, 17)[1:].tolist()), "torchao's AdamW4bit"
+
+
+@pytest.mark.parametrize("name", ["nf4", "dynamic8", "dynamic8u", "dynamic4", "linear4u"])
+def test_boundaries_are_where_the_nearest_code_changes(name: str) -> None:
+    book = FORMATS[name]
+    assert isinstance(book, Codebook)
+    boundaries = nearest_boundaries(book.values)
+    assert len(boundaries) == len(book.values) - 1
+    for code, b in enumerate(boundaries):
+        below = float(np.nextafter(np.float32(b), np.float32(-np.inf)))
+        assert b == np.float32(b) and (book.encode(below), book.encode(b)) == (code, code + 1)
 
 
 def test_codebooks_are_checked() -> None:

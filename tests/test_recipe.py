@@ -22,6 +22,7 @@ from hf_lowprec.recipe import (
     Quant,
     Recipe,
     RecipeError,
+    Residual,
     Rounding,
     Scaling,
     States,
@@ -103,7 +104,16 @@ def test_scalings_are_those_of_the_design() -> None:
 
 
 def test_decoupling_study() -> None:
-    assert DECOUPLING["#2a"] == FP8_LM_STATES
+    paper, exact = DECOUPLING["#2a"], Scaling(snap="rceil")
+    assert paper == States(
+        exp_avg=Quant(format="e4m3fn", scaling=exact),
+        exp_avg_sq=Quant(format="e5m10", scaling=exact),
+        master=Quant(format="e5m10", scaling=exact, rounding=Rounding(mode="stochastic")),
+    )
+    for slot in ("exp_avg", "exp_avg_sq", "master"):
+        ours = getattr(FP8_LM_STATES, slot)
+        assert ours.format == getattr(paper, slot).format, "what we run has the paper's formats"
+        assert (ours.scaling.method, ours.scaling.snap) == ("predicted", "rceil")
     formats = {k: [None if q is None else q.format for q in (s.exp_avg, s.exp_avg_sq, s.master)]
                for k, s in DECOUPLING.items()}  # fmt: skip
     assert formats["#2b"] == ["e4m3fn", "e5m10", "e8m7"] and formats["#3"] == ["e4m3fn", "e5m10", "e4m3fn"]
@@ -127,6 +137,28 @@ def test_a_recipe_of_ones_own() -> None:
     assert not recipe.dgrad.quantised and recipe.quantises_gemms
     assert Recipe.from_yaml(yaml.safe_dump(MINE)) == recipe == Recipe.from_dict(recipe.to_dict())
     assert get_format(recipe.fprop.accumulation.format).man == 5
+
+
+def test_states_of_ones_own() -> None:
+    block = {"granularity": "block", "block": [32], "store": "bfloat16"}
+    data = {
+        "name": "mine",
+        "states": {
+            "exp_avg": {"format": "int8", "scaling": block, "compand": "softsign"},
+            "exp_avg_sq": {"format": "uint8", "scaling": block, "compand": "sqrt", "nonzero": True},
+            "master": {"bits": 8, "rounding": {"mode": "stochastic"}},
+            "min_numel": 4096,
+            "embeddings": False,
+        },
+    }
+    recipe = Recipe.from_dict(data)
+    states = recipe.states
+    assert (states.exp_avg.format, states.exp_avg_sq.format) == ("e0m7", "e0m8u")
+    assert states.master == Residual(bits=8, rounding=Rounding(mode="stochastic"))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe == Recipe.from_json(recipe.to_json())
+    data["states"]["master"] = "float32"
+    plain = Recipe.from_dict(data)
+    assert plain.states.master == "float32" and Recipe.from_yaml(plain.to_yaml()) == plain
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -190,6 +222,63 @@ WRONG: dict[str, tuple[Any, str]] = {
         r"wgrad\.grad_output: delayed scaling needs the format and scaling of dgrad\.grad_output",
     ),
     "number for a name": (changed("name", to=[3]), r"name: "),
+    "companded operand": (
+        changed(
+            "fprop",
+            "input",
+            to={"format": "e0m7", "compand": "softsign", "scaling": {"granularity": "block", "block": [32]}},
+        ),
+        r"fprop: input: compand='softsign' is for optimizer states",
+    ),
+    "operand that is never zero": (
+        changed("fprop", "weight", "nonzero", to=True),
+        r"fprop: weight: nonzero is for optimizer states",
+    ),
+    "predicted operand": (
+        changed("fprop", "weight", "scaling", to={"method": "predicted"}),
+        r"fprop: weight: method 'predicted' is for optimizer states",
+    ),
+    "16-bit scales of an operand": (
+        changed("fprop", "weight", "scaling", to={"store": "float16"}),
+        r"fprop: weight: store 'float16' is for optimizer states",
+    ),
+    "predicted gradients": (
+        {"name": "x", "communication": {"gradient": {"format": "e4m3fn", "scaling": {"method": "predicted"}}}},
+        r"communication: gradient: method 'predicted' is for optimizer states",
+    ),
+    "companded saved tensors": (
+        {"name": "x", "saved": {"format": "e4m3fn", "nonzero": True}},
+        r"saved: nonzero is for optimizer states",
+    ),
+    "predicted rows": (
+        changed("states", "exp_avg", "scaling", to={"granularity": "row", "method": "predicted"}),
+        r"states\.exp_avg\.scaling: granularity: predicted scaling bounds",
+    ),
+    "predicted codebook": (
+        changed("states", "exp_avg", to={"format": "dynamic8", "scaling": {"method": "predicted"}}),
+        r"states\.exp_avg: method: predicted scaling needs a format",
+    ),
+    "companded tensor": (
+        changed("states", "exp_avg", "compand", to="softsign"),
+        r"states\.exp_avg: compand: 'softsign' needs blocks",
+    ),
+    "unsigned first moment": (
+        changed("states", "exp_avg", to={"format": "dynamic8u"}),
+        r"states: exp_avg: a first moment has two signs",
+    ),
+    "reading every overflow": (
+        changed("states", "exp_avg", "overflow", to="error"),
+        r"states: exp_avg: overflow 'error' reads every result back",
+    ),
+    "negative size": (changed("states", "min_numel", to=-1), r"states: min_numel: at least 0"),
+    "residual of 12 bits": (
+        changed("states", "master", to={"bits": 12}),
+        r"states\.master\.residual\.bits: Input should be 8 or 16\s*$",
+    ),
+    "rounded exact residual": (
+        changed("states", "master", to={"bits": 16, "rounding": {"mode": "stochastic"}}),
+        r"states\.master\.residual: rounding: a residual of 16 bits is exact",
+    ),
 }
 
 

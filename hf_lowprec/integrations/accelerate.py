@@ -161,8 +161,14 @@ def patch_trainer(module: Any) -> None:
 
     TRL prepares a reference model right after it, and `Trainer.evaluate` before `train` prepares the policy itself
     "for evaluation"; without this line the two look alike.
+
+    When the Trainer has its optimizer and that is one of ours, the embeddings are marked for it. And the Trainer does
+    not measure the norm of gradients that gradient release has freed: it would, for its log, even where
+    `max_grad_norm` is 0.
     """
     init: Callable[..., None] = module.Trainer.__init__
+    create: Callable[..., Any] = module.Trainer.create_optimizer
+    measure: Callable[..., Any] | None = getattr(module.Trainer, "_get_grad_norm", None)
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -173,4 +179,24 @@ def patch_trainer(module: Any) -> None:
 
             meet_trainer(accelerator, self.model, data_parallel=self.args.n_gpu > 1)
 
-    module.Trainer.__init__ = __init__
+    @functools.wraps(create)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = create(self, *args, **kwargs)
+        if "hf_lowprec.optim" in sys.modules:  # otherwise it cannot be one of ours
+            from hf_lowprec.integrations.trainer_optim import mark_for
+
+            mark_for(self, args[0] if args else kwargs.get("model"))
+        return out
+
+    def _get_grad_norm(self: Any, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and "hf_lowprec.optim" in sys.modules:
+            from hf_lowprec.optim.freed import FreedGradient
+
+            if any(isinstance(p.grad, FreedGradient) for p in model.parameters()):
+                return None
+        assert measure is not None
+        return measure(self, model, grad_norm=grad_norm)
+
+    module.Trainer.__init__, module.Trainer.create_optimizer = __init__, create_optimizer
+    if measure is not None:
+        module.Trainer._get_grad_norm = functools.wraps(measure)(_get_grad_norm)

@@ -214,7 +214,8 @@ def _attach(accelerator: Any, optimizer: Optimizer, others: Sequence[nn.Module])
     # a model that another Accelerator of this process has converted counts as well
     policies += [s.root for s in live_sessions() if s.owns(optimizer) and not any(s.root is m for m in policies)]
     engine = _engine(accelerator)
-    keep = _no_states(engine) if engine in ("FSDP", "DEEPSPEED") else None
+    flat = engine == "DEEPSPEED" or (engine == "FSDP" and not accelerator.is_fsdp2)
+    keep = _no_states(engine) if flat else None
     # an engine's optimizer may hold flat shards, so there is no telling whose they are
     owners = policies if keep else [m for m in policies if _shares_parameters(optimizer, m)]
     if not owners and any(_shares_parameters(optimizer, m) for m in others):
@@ -234,9 +235,10 @@ def _attach(accelerator: Any, optimizer: Optimizer, others: Sequence[nn.Module])
 
 
 def _no_states(engine: str) -> str:
-    # DeepSpeed's optimizers step flat shards, in which no gradient of a weight can be told.
-    what = "low-precision states and weight gradients" if engine == "DEEPSPEED" else "low-precision states"
-    return f"{what} are not available under {engine} yet"
+    # Both step flat shards, which do not say whose rows they hold; DeepSpeed's have no gradient of a weight either.
+    if engine == "FSDP":
+        return "low-precision states are not available under FSDP1, but are with fsdp_version=2"
+    return f"low-precision states and weight gradients are not available under {engine} yet"
 
 
 def _follow_deepspeed(accelerator: Any) -> None:

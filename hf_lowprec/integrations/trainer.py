@@ -6,6 +6,8 @@ The Trainer builds an Accelerator from its arguments and hands it model and opti
 
     LowPrecTrainingArguments(lowprec="fp8-lm")  its `mixed_precision` goes to Accelerator(mixed_precision="fp8-lm")
     LowPrecCallback("fp8-lm")                   marks the model; `Accelerator.prepare` reads the mark
+    LowPrecTrainingArguments(lowprec_optim="8bit")  the Trainer asks for an optimizer class and gets ours
+                                                    (integrations/trainer_optim.py); with or without a recipe
 
 and looks whether it arrived: training does not start with a model that nobody converted. No class is made at run time,
 since the Trainer pickles its arguments into every checkpoint.
@@ -22,8 +24,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lowprec import _autoload
+from hf_lowprec import _autoload, optim
 from hf_lowprec.conversion import recipe_of
+from hf_lowprec.integrations import trainer_optim
 from hf_lowprec.monitor import statistics
 from hf_lowprec.recipe import Recipe, RecipeError, get_recipe
 
@@ -36,15 +39,24 @@ class LowPrecArguments:
 
     lowprec: a recipe's name or the path of a .yaml or .json recipe file; None trains as if the mixin were not there.
         No Recipe and no dict, since arguments are saved as text in every checkpoint; LowPrecCallback takes those.
+    lowprec_optim: an optimizer with low-precision states: `8bit`, `fp8-lm`, ... (AdamW), `stable_adamw:8bit`,
+        `lion:8bit`, ..., or `paged-8bit` (bitsandbytes). With a recipe it replaces the states that the recipe names.
     bf16: None follows the recipe's base precision, so that an explicit False can be told from the default.
 
     Raises RecipeError for an unknown recipe or another type, and ValueError where `bf16`/`fp16` contradict the
-    recipe's base precision.
+    recipe's base precision, or `optim` contradicts `lowprec_optim`.
     """
 
     lowprec: str | None = field(
         default=None,
         metadata={"help": "Low-precision recipe to train with: a name such as fp8-lm, or a .yaml/.json recipe file."},
+    )
+    lowprec_optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer with low-precision states: 8bit, 4bit, fp8, fp8-lm, compact, ... (AdamW), or "
+            "stable_adamw:8bit, adam:8bit, lion:8bit, sgd:8bit; paged-8bit for bitsandbytes' paged AdamW."
+        },
     )
     # `bool`, not `bool | None`: HfArgumentParser then takes a bare `--bf16`.
     bf16: bool = field(
@@ -68,6 +80,8 @@ class LowPrecArguments:
         if recipe is not None:
             # Set late: DeepSpeed and FSDP read the base precision, a word they know, in the line above.
             self.mixed_precision = self.lowprec
+        if self.lowprec_optim is not None:
+            trainer_optim.check_arguments(self)
 
     def _set_base(self, recipe: Recipe) -> None:
         fp16 = getattr(self, "fp16", None)
@@ -83,7 +97,8 @@ class LowPrecArguments:
 
 @dataclass
 class LowPrecTrainingArguments(LowPrecArguments, TrainingArguments):
-    """transformers.TrainingArguments with `lowprec=`, on the command line `--lowprec` (HfArgumentParser).
+    """transformers.TrainingArguments with `lowprec=` and `lowprec_optim=`, on the command line `--lowprec` and
+    `--lowprec_optim` (HfArgumentParser).
 
     TRL's trainers want their own: LowPrecSFTConfig, LowPrecDPOConfig, LowPrecRewardConfig, LowPrecGRPOConfig.
     """
@@ -151,7 +166,15 @@ def _verify(recipe: Recipe, model: nn.Module, args: TrainingArguments) -> None:
 
 
 class LowPrecMonitorCallback(TrainerCallback):
-    """In every Trainer: checks that a recipe in the arguments arrived, and logs the counters of a converted model."""
+    """In every Trainer: checks that a recipe and an optimizer in the arguments arrived, and logs the counters of a
+    converted model."""
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        # Usually `create_optimizer` marks them (patch_trainer); trainers that override it are reached here only.
+        if getattr(args, "lowprec_optim", None) is not None:
+            optim.mark_embeddings(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -159,6 +182,8 @@ class LowPrecMonitorCallback(TrainerCallback):
         asked = getattr(args, "lowprec", None)
         if asked is not None:
             _verify(get_recipe(asked), model, args)
+        if getattr(args, "lowprec_optim", None) is not None:
+            trainer_optim.verify(args, kwargs.get("optimizer"))
 
     def on_log(
         self,
@@ -187,6 +212,7 @@ def _call_model_init(self: Trainer, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 _original_call_model_init = Trainer.call_model_init
+_optimizer_cls_and_kwargs = trainer_optim.seam(Trainer.get_optimizer_cls_and_kwargs)
 
 
 def install(module: ModuleType | None = None) -> None:
@@ -199,6 +225,7 @@ def install(module: ModuleType | None = None) -> None:
     if LowPrecMonitorCallback not in defaults:
         defaults.insert(1, LowPrecMonitorCallback)  # before the reporting callbacks, so that they see the counters
     Trainer.call_model_init = _call_model_init  # type: ignore[method-assign]
+    Trainer.get_optimizer_cls_and_kwargs = staticmethod(_optimizer_cls_and_kwargs)  # type: ignore[method-assign]
 
 
 install()

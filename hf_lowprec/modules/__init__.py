@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thin nn.Module shells around `hf_lowprec.functional`."""
 
+from hf_lowprec.modules.embedding import StableEmbedding
 from hf_lowprec.modules.linear import LowPrecLinear, low_precision_class
 from hf_lowprec.modules.state import LayerState, ScalingState
 
-__all__ = ["LayerState", "LowPrecLinear", "ScalingState", "low_precision_class"]
+__all__ = ["LayerState", "LowPrecLinear", "ScalingState", "StableEmbedding", "low_precision_class"]

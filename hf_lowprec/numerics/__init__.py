@@ -4,6 +4,7 @@
 from hf_lowprec.numerics.errors import relative_error, saturation_fraction, sqnr, underflow_fraction
 from hf_lowprec.numerics.hashing import counter_hash, seed_keys
 from hf_lowprec.numerics.quantize import ScaledTensor, dequantize, quantize, quantize_dequantize
+from hf_lowprec.numerics.roots import sqrt_rn
 from hf_lowprec.numerics.rounding import Overflow, decode, encode, round_to_format
 from hf_lowprec.numerics.scaling import (
     NonFinite,
@@ -38,5 +39,6 @@ __all__ = [
     "scale_shape",
     "seed_keys",
     "sqnr",
+    "sqrt_rn",
     "underflow_fraction",
 ]

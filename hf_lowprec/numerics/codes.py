@@ -118,14 +118,15 @@ def code_values(codes: Tensor, fmt: Format) -> Tensor:
     return (normal - 2.0**fmt.emin).clamp_(max=0.0).add_(normal)
 
 
-def codes_of(values: Tensor, fmt: Format | Codebook) -> Tensor:
+def codes_of(values: Tensor, fmt: Format | Codebook, *, checked: bool = True) -> Tensor:
     """Codes of values that are already on the format's grid: uint8 for at most 8 bits, else int16.
 
-    values: in the carrier's dtype. NaN gets `fmt.nan_code`. Raises ValueError: a NaN, and the format has none.
+    values: in the carrier's dtype. NaN gets `fmt.nan_code`; if the format has none, some code, unless `checked`.
+    Raises ValueError: `checked`, which reads a flag back to the host, a NaN, and the format has none.
     """
     container = torch.uint8 if fmt.bits <= 8 else torch.int16
     nan = values.isnan()
-    if not fmt.has_nan and bool(nan.any()):
+    if checked and not fmt.has_nan and bool(nan.any()):
         raise ValueError(f"{fmt} has no NaN; scale with a non-finite scale, or remove the non-finite elements first")
     if isinstance(fmt, Codebook):
         table = torch.tensor(fmt.values, dtype=values.dtype, device=values.device)
@@ -163,13 +164,16 @@ _TABLES: dict[tuple[Format | Codebook, torch.device, torch.dtype], Tensor] = {}
 def value_table(fmt: Format | Codebook, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The value of every code, by the scalar specification."""
     key = (fmt, device, dtype)
-    if key not in _TABLES:
-        count = 1 << fmt.bits if isinstance(fmt, Format) else len(fmt.values)
-        values = torch.tensor([fmt.decode(code) for code in range(count)], dtype=torch.float64)
-        _TABLES[key] = values.to(dtype).to(device)
-    return _TABLES[key]
+    # Dynamo reads a table that is there as any global; of those that it makes, one graph can have one (torch 2.13).
+    return _TABLES[key] if key in _TABLES else _make_value_table(*key)
+
+
+def _make_value_table(fmt: Format | Codebook, device: torch.device, dtype: torch.dtype) -> Tensor:
+    count = 1 << fmt.bits if isinstance(fmt, Format) else len(fmt.values)
+    values = torch.tensor([fmt.decode(code) for code in range(count)], dtype=torch.float64)
+    return _TABLES.setdefault((fmt, device, dtype), values.to(dtype).to(device))
 
 
 # Or Dynamo traces 65536 calls of decode. It is what `torch.compiler.assume_constant_result` sets; the decorator itself
 # would import all of Dynamo, two seconds in every process that converts a model.
-value_table.__dict__["_dynamo_marked_constant"] = True
+_make_value_table.__dict__["_dynamo_marked_constant"] = True

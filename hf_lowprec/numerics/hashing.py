@@ -51,33 +51,50 @@ def _signed(word: int | Tensor) -> int | Tensor:
 
 
 def counter_hash(
-    seed: int | Tensor, index: int | Tensor, *, start: int = 0, device: torch.device | str | None = None
+    seed: int | Tensor,
+    index: int | Tensor,
+    *,
+    start: int | Tensor = 0,
+    device: torch.device | str | None = None,
+    buffers: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One 32-bit word per index; see the module docstring for the formula.
 
     seed: an int of up to 64 bits, or a 0-dim int64 tensor.
     index: an int64 tensor of indices, or a count n for the indices `start` to `start + n - 1` on `device`.
+    start: an int, or a 0-dim int64 tensor that has the same high 32 bits as the last index.
+    buffers: int32 [n] twice, for a count: the first is filled and returned, the second overwritten.
 
     Returns: int32 of the shape of `index` (or [n]); its 32 bits are the word.
     """
+    if isinstance(seed, Tensor) and seed.device.type == "cpu" and not torch.compiler.is_compiling():
+        seed = int(seed)  # free there, and the keys then cost no tensor operations
+    shifted: Tensor | None = None
     k0, k1 = seed_keys(seed) if isinstance(seed, Tensor) else seed_keys(int(seed))
     if isinstance(index, Tensor):
         low, high = index.to(torch.int64), index >> 32
         h = low.to(torch.int32)
         late: int | Tensor = _mix(high & _LOW) ^ k1
+    elif isinstance(start, Tensor):
+        h = torch.arange(index, dtype=torch.int32, device=start.device) + start.to(torch.int32)
+        late = _mix((start >> 32) & _LOW) ^ k1
     elif start >> 32 == (start + max(index, 1) - 1) >> 32:
         first = _signed(start & _LOW)
         assert isinstance(first, int)
-        h = torch.arange(first, first + index, dtype=torch.int32, device=device)
+        if buffers is None:
+            h = torch.arange(first, first + index, dtype=torch.int32, device=device)
+        else:
+            h, shifted = torch.arange(first, first + index, out=buffers[0]), buffers[1]
         late = _mix(start >> 32) ^ k1
     else:
-        return counter_hash(seed, torch.arange(start, start + index, device=device))
+        words = counter_hash(seed, torch.arange(start, start + index, device=device))
+        return words if buffers is None else buffers[0].copy_(words)
     # Shifts of int32 are arithmetic; the masks make them logical.
-    h = h ^ _signed(k0)
-    h ^= (h >> 16) & 0xFFFF
+    h ^= _signed(k0)
+    h ^= torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF)
     h *= _M0
     h ^= _signed(late)
-    h ^= (h >> 15) & 0x1FFFF
+    h ^= torch.bitwise_right_shift(h, 15, out=shifted).bitwise_and_(0x1FFFF)
     h *= _M1 - (1 << 32)
-    h ^= (h >> 16) & 0xFFFF
+    h ^= torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF)
     return h

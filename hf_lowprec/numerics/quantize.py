@@ -8,6 +8,7 @@ elements. A format without one (MXFP4, MXINT8) cannot say so: there the scale of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from hf_lowprec.formats import Codebook, Format, get_format
 from hf_lowprec.numerics.codes import codes_of
-from hf_lowprec.numerics.rounding import check, decode_part, map_chunks, rounder
+from hf_lowprec.numerics.lookup import look_up
+from hf_lowprec.numerics.rounding import check, code_table, decode_part, map_chunks, rounder
 from hf_lowprec.numerics.scaling import (
     NonFinite,
     amax_per_group,
@@ -60,11 +62,20 @@ def quantize(
     stored = _scale(x, quant, fmt, scale, reduction_axis, nonfinite)
     native = fmt.torch_dtype_name
     dtype = torch.float32 if native is None else getattr(torch, native)
+    own = scale is None and quant.scaling.method == "current"  # what the format cannot say, the group's scale says
+    # torch casts to float8 faster than a look-up, but not on the CPU.
+    if native is None or (x.device.type == "cpu" and not torch.compiler.is_compiling()):
+        table = code_table(fmt, quant.rounding.mode, quant.overflow, x.device)
+        if table is not None and (fmt.has_nan or own):
+            check(x, fmt, quant.rounding, quant.overflow, seed, words)
+            codes = _scaled(x, quant, stored.float(), reduction_axis, lambda z: look_up(z, table), torch.uint8)
+            return ScaledTensor(codes if native is None else codes.view(dtype), stored)
     rounded = _apply(x, quant, fmt, stored.float(), reduction_axis, seed, words, dtype)
     if native is not None:
         return ScaledTensor(rounded, stored)
-    if not fmt.has_nan and scale is None and quant.scaling.method == "current":
-        rounded.nan_to_num_(nan=0.0)  # the group's scale is NaN
+    if own and not fmt.has_nan:
+        rounded.nan_to_num_(nan=0.0)
+        return ScaledTensor(codes_of(rounded, fmt, checked=False), stored)
     return ScaledTensor(codes_of(rounded, fmt), stored)
 
 
@@ -110,8 +121,8 @@ def _scale(
     scaling = quant.scaling
     if scale is not None:
         return scale
-    if scaling.method == "delayed":
-        raise ValueError("delayed scaling keeps its scale between steps: pass scale=")
+    if scaling.method in ("delayed", "predicted"):
+        raise ValueError(f"{scaling.method} scaling keeps its scale between steps: pass scale=")
     if scaling.method in ("none", "static"):
         amax = torch.ones((), device=x.device)
     else:
@@ -146,6 +157,26 @@ def _apply(
         return rounded.mul_(_pick(scale, here)) if dequantized else rounded
 
     return map_chunks(part, x, dtype, run)
+
+
+def _scaled(
+    x: Tensor,
+    quant: Quant,
+    scale: Tensor,
+    reduction_axis: int,
+    function: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """function(x / scale) of float32, elementwise, in `dtype`."""
+    scale, run = _runs(scale, x, quant, reduction_axis)
+    inverse = 1.0 / scale
+
+    def part(hp: Tensor, start: int, out: Tensor | None) -> Tensor:
+        rows = hp.float().view(-1, run)
+        here = slice(start // run, start // run + rows.shape[0])
+        return function(rows * _pick(inverse, here))
+
+    return map_chunks(part, x.detach(), dtype, run)
 
 
 def _pick(factors: Tensor, here: slice) -> Tensor:

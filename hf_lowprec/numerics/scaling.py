@@ -192,8 +192,16 @@ def _snapped_exponent(amax: Tensor, fmt_max: Tensor, snap: str, man: int | None)
 
 
 def store_scale(scale: Tensor, scaling: Scaling) -> Tensor:
-    """The scale as it is stored: float32, or torch.float8_e8m0fnu."""
-    return scale.to(torch.float8_e8m0fnu) if scaling.store == "e8m0" else scale
+    """The scale as it is stored: float32, torch.float8_e8m0fnu, or float16 or bfloat16, rounded up within its range.
+
+    Up, so that |x| / scale stays within the format; by one unit at most, and the stored scale is the one that is used.
+    """
+    if scaling.store in ("float32", "e8m0"):
+        return scale.to(torch.float8_e8m0fnu) if scaling.store == "e8m0" else scale
+    dtype = torch.float16 if scaling.store == "float16" else torch.bfloat16
+    near = scale.clamp(max=torch.finfo(dtype).max).to(dtype)
+    above = (near.view(torch.int16) + 1).view(dtype)
+    return torch.where(near.float() < scale, above, near).clamp(max=torch.finfo(dtype).max)
 
 
 def delayed_update(history: Tensor, scale: Tensor, fmt_max: Tensor, scaling: Scaling) -> None:

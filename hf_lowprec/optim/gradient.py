@@ -19,8 +19,8 @@ alone. Elements that are not finite become NaN, which an optimizer of ours answe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,12 +30,22 @@ from torch.optim import Optimizer
 
 from hf_lowprec import ops
 from hf_lowprec.formats import get_format
-from hf_lowprec.numerics import ScaledTensor, dequantize
+from hf_lowprec.numerics import ScaledTensor, counter_hash, dequantize, finite_amax, quantize, scale_from_amax
+from hf_lowprec.optim.freed import FreedGradient
+from hf_lowprec.optim.shards import Shard, by_ranks, shard_of
 from hf_lowprec.optim.states import matrix, stream_seed
 from hf_lowprec.recipe import Communication
 
 _REACH = 16  # mu stays within 2 ** -16 and, with several ranks, 2 ** 16
 _STATE = ("k", "saturated", "count")
+
+
+class Seen(NamedTuple):
+    """0-d: how many codes are at the format's maximum; whether all elements are finite; whether one is not zero."""
+
+    extremes: Tensor
+    finite: Tensor
+    nonzero: Tensor
 
 
 class GradientQuantizer:
@@ -57,7 +67,7 @@ class GradientQuantizer:
         self.k = torch.zeros(n, dtype=torch.int32)
         self.saturated = torch.zeros(n, dtype=torch.int64)
         self.count = torch.zeros(n, dtype=torch.int64)
-        self._cached_layout: tuple[tuple[tuple[int, int], ...], Tensor, Tensor] | None = None
+        self._layouts: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] = {}
         fmt = get_format(communication.gradient.format)
         self._extremes = {fmt.encode(value) for value in (fmt.max, fmt.min) if value}
 
@@ -73,7 +83,8 @@ class GradientQuantizer:
     def quantize(self, index: int, grad: Tensor) -> Tensor:
         """g' for the gradient of parameter number `index`, in its dtype and shape; advances that mu. Never waits.
 
-        A sharded gradient (FSDP2's DTensor) is scaled shard by shard: one scale per rank, no communication.
+        A sharded gradient (FSDP2's DTensor) has one scale and one mu on all ranks, which takes two small collectives
+        for all gradients together. (Scales per column or tile would be of this rank's rows.)
 
         Raises RuntimeError: a sparse gradient.
         """
@@ -92,34 +103,68 @@ class GradientQuantizer:
         local = {i: g.to_local() if isinstance(g, DTensor) else g for i, g in grads.items()}
         self._to(next(iter(local.values())).device)
         factors = self.mu.unbind() if self.communication.auto_scale else None
-        out, extremes, valid = {}, [], []
+        ranks = by_ranks(grads)
+        scales = self._shared_scales(local, ranks)
+        out: dict[int, Tensor] = {}
+        seen: dict[int, Seen] = {}
         for index, grad in local.items():
-            value, at_extremes, usable = self._cast(index, grad, None if factors is None else factors[index])
-            extremes.append(at_extremes)
-            valid.append(usable)
+            mu, scale = None if factors is None else factors[index], scales.get(index)
+            value, seen[index] = self._cast(index, grad, mu, scale, self._start(grads[index]))
             out[index] = _as_shard(value, grads[index])
-        indices, numel = self._layout(tuple((index, grad.numel()) for index, grad in local.items()))
-        self.observe(indices, torch.stack(extremes), numel, torch.stack(valid))
+        for shard, members in ranks:
+            seen.update(zip(members, _seen_by_all(shard, [seen[i] for i in members]), strict=True))
+        indices, numel = self._layout(tuple((index, grad.numel()) for index, grad in grads.items()))
+        extremes, finite, nonzero = (torch.stack(some) for some in zip(*seen.values(), strict=True))
+        self.observe(indices, extremes, numel, finite & nonzero)
+        return out
+
+    def _start(self, grad: Tensor) -> int:
+        """Where stochastic rounding begins to count."""
+        shard = shard_of(grad) if self.communication.gradient.rounding.mode == "stochastic" else None
+        return 0 if shard is None else shard.start
+
+    def _shared_scales(
+        self, local: Mapping[int, Tensor], ranks: Sequence[tuple[Shard, list[int]]]
+    ) -> dict[int, Tensor]:
+        """Scales of sharded gradients that have one for the whole tensor."""
+        quant = self.communication.gradient
+        out: dict[int, Tensor] = {}
+        if quant.scaling.granularity == "tensor" and quant.scaling.method == "current":
+            for shard, members in ranks:
+                amax = shard.maximum(torch.stack([finite_amax(local[i]) for i in members]))
+                out.update(zip(members, scale_from_amax(amax, quant.format, quant.scaling).unbind(), strict=True))
         return out
 
     def _layout(self, key: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
         """Indices and sizes on the device; copied there once, because a copy per step would wait for the host."""
-        if self._cached_layout is None or self._cached_layout[0] != key:
+        if key not in self._layouts:
+            if len(self._layouts) > len(self.k):  # one for all, or with gradient release one for each
+                self._layouts.clear()
             table = torch.tensor(key, dtype=torch.int64).to(self.k.device)
-            self._cached_layout = key, table[:, 0].contiguous(), table[:, 1].contiguous()
-        return self._cached_layout[1:]
+            self._layouts[key] = table[:, 0].contiguous(), table[:, 1].contiguous()
+        return self._layouts[key]
 
-    def _cast(self, index: int, grad: Tensor, mu: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """g', the number of codes at the format's maximum (0-d), and whether the gradient is finite and not zero."""
+    def _cast(
+        self, index: int, grad: Tensor, mu: Tensor | None, scale: Tensor | None, start: int
+    ) -> tuple[Tensor, Seen]:
+        """g', and what the cast saw.
+
+        scale: None: from this tensor. start: its flat index in the whole tensor.
+        """
         quant = self.communication.gradient
         hp = matrix(grad.float())
-        scale = ops.current_scale(hp, ops.quant_key(quant))
+        scale = ops.current_scale(hp, ops.quant_key(quant)) if scale is None else scale
         seed = stream_seed(quant.rounding, index, "grad", self.count[index])
         used = scale if mu is None else scale / mu
-        scaled = ScaledTensor(*ops.quantize(hp, ops.quant_key(quant), used, fixed=True, seed=seed))
+        if start:  # the operator counts from 0
+            words = None if seed is None else counter_hash(seed, hp.numel(), start=start, device=hp.device)
+            scaled = quantize(hp, quant, scale=used, words=words)
+        else:
+            scaled = ScaledTensor(*ops.quantize(hp, ops.quant_key(quant), used, fixed=True, seed=seed))
         finite = hp.isfinite()
         value = torch.where(finite, dequantize(scaled, quant, torch.float32), torch.nan)
-        return value.reshape(grad.shape).to(grad.dtype), self._at_extremes(scaled), finite.all() & hp.any()
+        seen = Seen(self._at_extremes(scaled), finite.all(), hp.any())
+        return value.reshape(grad.shape).to(grad.dtype), seen
 
     def observe(self, index: int | Tensor, extremes: Tensor, numel: int | Tensor, valid: Tensor | bool = True) -> None:
         """One step of mu's state machine for parameter `index`, of whose `numel` codes `extremes` sit at the maximum.
@@ -153,7 +198,7 @@ class GradientQuantizer:
 
     def _to(self, device: torch.device) -> None:
         if self.k.device != device:
-            self._cached_layout = None
+            self._layouts.clear()
             for name in _STATE:
                 setattr(self, name, getattr(self, name).to(device))
 
@@ -181,6 +226,14 @@ class GradientQuantizer:
         for name in _STATE:
             own = getattr(self, name)
             setattr(self, name, state_dict[name].to(own.device, copy=True))
+
+
+def _seen_by_all(shard: Shard, seen: Sequence[Seen]) -> list[Seen]:
+    """Of whole gradients, from what every rank saw of its rows."""
+    extremes, finite, nonzero = (torch.stack(some).to(torch.int64) for some in zip(*seen, strict=True))
+    total = shard.total(torch.stack([extremes, 1 - finite, nonzero]))
+    columns = (total[0].unbind(), (total[1] == 0).unbind(), (total[2] > 0).unbind())
+    return [Seen(*one) for one in zip(*columns, strict=True)]
 
 
 def _as_shard(value: Tensor, grad: Tensor) -> Tensor:
@@ -241,7 +294,8 @@ class GradientSwap:
 
     def _swap(self, optimizer: Optimizer) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        mine = {self.index[p]: p for p in params if p.grad is not None and p in self.index}
+        used = (type(None), FreedGradient)  # gradient release has quantised it in backward
+        mine = {self.index[p]: p for p in params if not isinstance(p.grad, used) and p in self.index}
         for device in {p.device for p in mine.values()}:
             own = {i: p.grad for i, p in mine.items() if p.device == device}
             for i, quantised in self.quantizer.quantize_all(own).items():

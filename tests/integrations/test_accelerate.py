@@ -455,8 +455,14 @@ def test_optimizer_whose_model_never_comes():
         train(accelerator, model, optimizer, 1)
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_sharded_optimizers_are_kept(kind, capsys):
+FLAT = {
+    "FSDP": "low-precision states are not available under FSDP1, but are with fsdp_version=2",
+    "DEEPSPEED": "low-precision states and weight gradients are not available under DEEPSPEED yet",
+}
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_optimizers_of_flat_shards_are_kept(kind, capsys):
     """What happens before accelerate's own prepare; both run in tests below."""
     from hf_lowprec.integrations.accelerate_prepare import before_prepare
 
@@ -467,8 +473,19 @@ def test_sharded_optimizers_are_kept(kind, capsys):
     raw = adamw(model)
     assert before_prepare(accelerator, (model, raw)) == (model, raw)
     assert len(converted(model)) == LINEARS
-    what = "low-precision states and weight gradients" if kind == "DEEPSPEED" else "low-precision states"
-    assert f"AdamW kept ({what} are not available under {kind} yet)" in capsys.readouterr().err
+    assert f"AdamW kept ({FLAT[kind]})" in capsys.readouterr().err
+
+
+def test_fsdp2_has_low_precision_states(capsys):
+    from hf_lowprec.integrations.accelerate_prepare import before_prepare
+
+    accelerator = Accelerator(mixed_precision="fp8-lm")
+    accelerator.state.distributed_type = "FSDP"
+    accelerator.state.fsdp_plugin = Namespace(fsdp_version=2)
+    model = llama()
+    _, optimizer = before_prepare(accelerator, (model, adamw(model)))
+    assert isinstance(optimizer, hf_lowprec.optim.AdamW)
+    assert "AdamW with exp_avg e4m3fn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["XLA", "MEGATRON_LM"])
@@ -653,15 +670,17 @@ def test_run_without_the_hook(tmp_path, my_yaml):
 
 
 FSDP = """
-import sys, torch
+import os, sys, torch
 from accelerate.state import DistributedType, PartialState
 # accelerate shards on GPUs only; torch does so on CPUs, too
 PartialState(cpu=True)
 PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from tiny import llama, rows
-version = int(sys.argv[1])
+version, folder = int(sys.argv[1]), sys.argv[2]
+kind = "SHARDED_STATE_DICT" if len(sys.argv) < 4 else sys.argv[3]
 plugin = FullyShardedDataParallelPlugin(
+    state_dict_type=kind,
     fsdp_version=version, auto_wrap_policy="transformer_based_wrap",
     transformer_cls_names_to_wrap=["LlamaDecoderLayer"], cpu_ram_efficient_loading=False,
     use_orig_params=True if version == 1 else None,
@@ -674,27 +693,61 @@ if version == 1:
 else:
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
 batch = torch.stack([row["input_ids"] for row in rows(8)])
-for step in range(6):
+begin = 0
+if os.path.exists(folder):
+    begin = 3
+    accelerator.load_state(folder)
+for step in range(begin, 6):
+    if step == 3 and not begin and version == 2:
+        accelerator.save_state(folder)
     loss = model(input_ids=batch, labels=batch).loss
     accelerator.backward(loss)
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     accelerator.print(f"step {step} loss {loss.item():.4f}")
+for state in optimizer.state_dict()["state"].values():
+    state.update({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()})
+    accelerator.print("state", {k: v.double().sum().item() for k, v in state.items()})
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("version", "recipe"), [(1, "fp8-lm"), (2, "te-delayed"), (2, "fp8-lm")])
-def test_fsdp(tmp_path, version, recipe):
-    script = tmp_path / "script.py"
+def launch_fsdp(folder, version: int, recipe: str, *words: str, processes: int = 2) -> str:
+    script = folder / "script.py"
     script.write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{FSDP}")
-    command = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script), str(version))
-    done = launch(tmp_path, *command, HF_LOWPREC_RECIPE=recipe)
+    command = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", str(script))
+    done = launch(folder, *command, str(version), str(folder / "checkpoint"), *words, HF_LOWPREC_RECIPE=recipe)
     assert done.returncode == 0, done.stdout
-    assert f"recipe {recipe}: converted {LINEARS} of" in done.stdout
-    assert "AdamW kept (low-precision states are not available under FSDP yet)" in done.stdout
-    assert ("float32 under FSDP2" in done.stdout) == (version == 2)
-    assert losses(done.stdout)[-1] < losses(done.stdout)[0] - 1.0
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("version", "recipe", "said"),
+    [
+        (1, "fp8-lm", f"kept ({FLAT['FSDP']})"),
+        (2, "te-delayed", "kept (as asked)"),
+        (2, "fp8-lm", "with exp_avg e4m3fn"),
+    ],
+)
+def test_fsdp(tmp_path, version, recipe, said):
+    output = launch_fsdp(tmp_path, version, recipe)
+    assert f"recipe {recipe}: converted {LINEARS} of" in output
+    assert f"AdamW {said}" in output
+    assert ("float32 under FSDP2" in output) == (version == 2)
+    assert losses(output)[-1] < losses(output)[0] - 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+@pytest.mark.parametrize("recipe", ["te-delayed", "fp8-lm"])
+def test_fsdp2_saves_and_resumes(tmp_path, recipe, kind):
+    """Losses and states after `load_state` in new processes are those of the run that went on."""
+    first = launch_fsdp(tmp_path, 2, recipe, kind)
+    second = launch_fsdp(tmp_path, 2, recipe, kind)
+    assert len(losses(first)) == 6 and losses(second) == losses(first)[3:]
+    states = [[line for line in output.splitlines() if line.startswith("state")] for output in (first, second)]
+    assert states[0] == states[1] and len(states[0]) > LINEARS
 
 
 @pytest.mark.parametrize(

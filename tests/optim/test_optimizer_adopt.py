@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from training import held as slot
+from training import small
 
-from hf_lowprec.optim import Adam, AdamW
+from hf_lowprec.optim import Adam, AdamW, mark_embeddings
+from hf_lowprec.optim import states as st
+
+FP8_LM = small("fp8-lm")
 
 
 def built(cls=torch.optim.AdamW, dtype=torch.float32, **options):
@@ -54,7 +59,8 @@ def test_schedulers_built_before_go_on_driving(make, repoint):
                 s.step()
     assert new.param_groups[0]["lr"] == reference.param_groups[0]["lr"] != 1e-2
     assert new.param_groups[0]["betas"] == reference.param_groups[0]["betas"]
-    assert torch.equal(model.weight, reference_model.weight) and torch.equal(model.bias, reference_model.bias)
+    torch.testing.assert_close(model.weight, reference_model.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.bias, reference_model.bias, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("on", ["new", "old"])
@@ -80,14 +86,14 @@ def test_a_stepped_optimizer_is_carried_over(theirs, ours, fused):
         for m, o in ((model, old), (twin, twin_optimizer)):
             backward(m, seed)
             o.step()
-    new = AdamW.adopt(old, "fp8-lm")
+    new = AdamW.adopt(old, FP8_LM)
     assert type(new) is ours and old.state is new.state
     for group in (*new.param_groups, new.defaults):
         assert not {"fused", "foreach", "capturable", "amsgrad", "differentiable"} & set(group)
     assert not hasattr(new, "_step_supports_amp_scaling")
     state, truth = new.state[model.weight], twin_optimizer.state[twin.weight]
     assert state["exp_avg_qdata"].dtype == torch.float8_e4m3fn and state["step"] == 3
-    m, v = (state[f"{k}_qdata"].float() * state[f"{k}_scale"] for k in ("exp_avg", "exp_avg_sq"))
+    m, v = (slot(new, model.weight, name) for name in ("exp_avg", "exp_avg_sq"))
     torch.testing.assert_close(m, truth["exp_avg"], rtol=1 / 16, atol=state["exp_avg_scale"].item() / 512)
     torch.testing.assert_close(v, truth["exp_avg_sq"], rtol=1e-3, atol=1e-10)
     for seed in range(3, 6):
@@ -106,8 +112,9 @@ def test_adam_becomes_adam_with_its_l2_decay():
         for m, o in ((model, new), (twin, twin_optimizer)):
             backward(m, seed)
             o.step()
-    assert torch.equal(model.weight, twin.weight)
-    assert torch.equal(new.state[model.weight]["exp_avg_sq"], twin_optimizer.state[twin.weight]["exp_avg_sq"])
+    torch.testing.assert_close(model.weight, twin.weight, rtol=1e-5, atol=1e-6)
+    states = new.state[model.weight], twin_optimizer.state[twin.weight]
+    torch.testing.assert_close(states[0]["exp_avg_sq"], states[1]["exp_avg_sq"], rtol=1e-5, atol=0)
 
 
 def test_a_16_bit_parameter_gets_its_master():
@@ -135,7 +142,7 @@ def test_the_old_step_still_steps_once_and_with_the_same_hooks():
 
 def test_a_script_that_keeps_the_old_reference_saves_and_loads_through_it():
     model, old = built()
-    new = AdamW.adopt(old, "fp8-lm")
+    new = AdamW.adopt(old, FP8_LM)
     new.register_state_dict_post_hook(lambda _, state_dict: state_dict.update(extra=42))
     for seed in range(3):
         old.zero_grad()
@@ -146,11 +153,11 @@ def test_a_script_that_keeps_the_old_reference_saves_and_loads_through_it():
     assert saved["state"][0]["exp_avg_qdata"].dtype == torch.float8_e4m3fn
 
     other, held = built()
-    used = AdamW.adopt(held, "fp8-lm")
+    used = AdamW.adopt(held, FP8_LM)
     held.load_state_dict(saved)
     assert held.state is used.state and used.state[other.weight]["step"] == 3
     held.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    assert used.param_groups[-1]["states"] == "fp8-lm"
+    assert used.param_groups[-1]["states"] == st.states_name(FP8_LM)
     backward(other, 3)
     held.step()
     assert used.state[other.weight]["step"] == 4
@@ -171,13 +178,13 @@ def test_adopting_twice_gives_the_same_optimizer():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_loaded_before_adoption_says_to_load_it_after(dtype):
     model, old = built(dtype=dtype)
-    new = AdamW.adopt(old, "fp8-lm")
+    new = AdamW.adopt(old, FP8_LM)
     backward(model, 0)
     new.step()
     _, resumed = built(dtype=dtype)
     resumed.load_state_dict(new.state_dict())
     with pytest.raises(ValueError, match="load the checkpoint after prepare"):
-        AdamW.adopt(resumed, "fp8-lm")
+        AdamW.adopt(resumed, FP8_LM)
 
 
 def test_an_adopted_optimizer_copies_and_takes_new_groups():
@@ -193,6 +200,35 @@ def test_an_adopted_optimizer_copies_and_takes_new_groups():
     assert torch.equal(model.weight, twin_model.weight)
     new.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     assert new.param_groups[-1]["states"] == "fp8-lm" and len(old.param_groups) == 3
+
+
+def test_coupled_decay_takes_exact_scales_instead_of_predicted_ones():
+    """A predicted scale does not know how large the decayed gradient is; the optimizer's own constructor refuses."""
+    _, old = built(torch.optim.Adam)
+    new = AdamW.adopt(old, "fp8-lm")
+    assert new.param_groups[0]["states"] == "fp8-lm-exact" and AdamW.adopt(old, "fp8-lm") is new
+    _, old = built(torch.optim.Adam, weight_decay=0.0)
+    old.param_groups[1]["weight_decay"] = 0.0
+    assert AdamW.adopt(old, "fp8-lm").param_groups[0]["states"] == "fp8-lm"
+    with pytest.raises(ValueError, match=r"coupled weight decay.*fp8-lm-exact"):
+        Adam(old.param_groups[0]["params"], weight_decay=0.1, states=FP8_LM)
+
+
+def test_small_tensors_and_embeddings_keep_float32_moments():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(128, 64), nn.Linear(64, 64))
+    mark_embeddings(model)
+    old = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        model(torch.arange(128)).square().sum().backward()
+        old.step()
+    moments = {p: old.state[p]["exp_avg"].clone() for p in model.parameters()}
+    new = AdamW.adopt(old, "8bit")
+    for param, plain in [(model[0].weight, True), (model[1].weight, False), (model[1].bias, True)]:
+        assert ("exp_avg" in new.state[param]) == plain and ("exp_avg_qdata" in new.state[param]) != plain
+        assert not plain or torch.equal(new.state[param]["exp_avg"], moments[param])
+    new.load_state_dict(new.state_dict())
+    new.step()
 
 
 class Custom(torch.optim.AdamW):

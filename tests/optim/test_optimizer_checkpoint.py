@@ -5,26 +5,25 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from training import NAMES, bits, small
 
 from hf_lowprec.optim import Adam, AdamW
-from hf_lowprec.recipe import Quant, Scaling, States
+from hf_lowprec.recipe import Quant, Residual, Scaling, States
 
 BLOCKS = States(
     exp_avg=Quant(format="e4m3fn", scaling=Scaling(granularity="block", block=(32,), snap="rceil", store="e8m0")),
     exp_avg_sq=Quant(format="e3m4", scaling=Scaling(granularity="block", block=(32,))),
 )
+FP8_LM = small("fp8-lm")
 SECOND = States(exp_avg_sq=Quant(format="e5m10"))  # the first moment stays float32
 
 
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
-
-
-def built(dtype: torch.dtype = torch.bfloat16, states: str | States = "fp8-lm") -> tuple[nn.Module, AdamW]:
+def built(dtype: torch.dtype = torch.bfloat16, states: str | States = FP8_LM) -> tuple[nn.Module, AdamW]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
     decay, rest = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
@@ -56,9 +55,14 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 CASES = [
-    pytest.param(dtype, states, id=f"{str(dtype)[6:]}-{states if isinstance(states, str) else 'blocks'}")
+    pytest.param(dtype, states, id=f"{str(dtype)[6:]}-{name}")
     for dtype in (torch.float32, torch.bfloat16)
-    for states in ("fp32", "fp8-lm", "#2b", "#3", "bf16-sr", BLOCKS)
+    for name, states in {
+        **{name: small(name) for name in (*NAMES, "#2b", "#3", "bf16-sr")},
+        "blocks": BLOCKS,
+        "float32 master": replace(small("8bit"), master="float32"),
+        "32 bits": replace(small("8bit"), master=Residual(bits=16)),
+    }.items()
 ]
 
 
@@ -184,7 +188,21 @@ BROKEN = {
     "stranger": (lambda d: d["state"].update({99: d["state"][1]}), "state for 99"),
     "groups": (lambda d: d["param_groups"].pop(), r"parameters per group: the optimizer has \[2, 2\]"),
     "no state": (lambda d: d.pop("state"), "lacks state"),
-    "other states": (lambda d: [g.update(states="#2b") for g in d["param_groups"]], "states='#2b'.*has 'fp8-lm'"),
+    "other states": (lambda d: [g.update(states="#2b") for g in d["param_groups"]], "states='#2b'.*has '{\"exp_avg\""),
+    "other algorithm": (
+        lambda d: d["param_groups"][0].update(algorithm="stable_adam"),
+        "algorithm='stable_adam', this optimizer has 'adam'",
+    ),
+    "other master": (
+        lambda d: d["param_groups"][1].update(master="fp32"),
+        "master='fp32', this optimizer has 'default'",
+    ),
+    "overrides": (
+        lambda d: d["param_groups"][0].update(overrides=[None, "fp32"]),
+        "parameter 1: the checkpoint was written with states 'fp32', this optimizer has",
+    ),
+    "overrides of others": (lambda d: d["param_groups"][0].update(overrides=["fp32"]), "overrides: .* do not fit"),
+    "predicted amax": (corrupt(lambda s: s.update(exp_avg_amax=torch.tensor(torch.nan))), "exp_avg_amax"),
     "Adam": (
         lambda d: d["param_groups"][0].update(decoupled_weight_decay=False),
         "decoupled_weight_decay=False, this optimizer has True",
@@ -213,13 +231,13 @@ def test_a_master_for_a_float32_parameter_is_refused():
     model, optimizer = built(torch.bfloat16)
     train(model, optimizer, range(1))
     _, full = built(torch.float32)
-    with pytest.raises(ValueError, match=r"unexpected master_qdata.*16-bit Parameter"):
+    with pytest.raises(ValueError, match=r"unexpected master_amax, master_qdata.*16-bit Parameter"):
         full.load_state_dict(optimizer.state_dict())
 
 
 def test_named_parameters_are_named_in_errors():
     model = nn.Linear(2, 2)
-    optimizer = AdamW(model.named_parameters())
+    optimizer = AdamW(model.named_parameters(), states=FP8_LM)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     broken = copy.deepcopy(optimizer.state_dict())
@@ -249,8 +267,8 @@ def test_torch_checkpoints_are_converted_with_a_warning(dtype):
     decay, rest = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim == 1]
     stock = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=3e-3)
     train(model, stock, range(5))
-    _, optimizer = built(dtype)
-    with pytest.warns(UserWarning, match="quantised to fp8-lm"):
+    _, optimizer = built(dtype, states=small("fp8-lm-exact"))
+    with pytest.warns(UserWarning, match="quantised to {.*e4m3fn"):
         optimizer.load_state_dict(stock.state_dict())
     assert optimizer.param_groups[0]["lr"] == 3e-3 and "foreach" not in optimizer.param_groups[0]
     ours, theirs = optimizer.state_dict()["state"], stock.state_dict()["state"]
@@ -277,15 +295,17 @@ def test_torch_checkpoints_into_float32_states_are_exact_and_silent(recwarn):
             p.copy_(twin)
     optimizer.load_state_dict(stock.state_dict())
     for p, twin in zip(params, twin_params, strict=True):
+        assert all(torch.equal(optimizer.state[p][k], stock.state[twin][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
         p.grad = twin.grad
     stock.step()
     optimizer.step()
-    assert all(torch.equal(p, twin) for p, twin in zip(params, twin_params, strict=True))
+    for p, twin in zip(params, twin_params, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
     assert not [w for w in recwarn if "quantised" in str(w.message)]
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("states, lacking", [("fp8-lm", "exp_avg"), (BLOCKS, "exp_avg"), (SECOND, "exp_avg_sq")])
+@pytest.mark.parametrize("states, lacking", [(FP8_LM, "exp_avg"), (BLOCKS, "exp_avg"), (SECOND, "exp_avg_sq")])
 def test_torch_stops_at_our_checkpoints_instead_of_reading_codes_as_moments(states, lacking, foreach):
     model, optimizer = built(torch.float32, states)
     train(model, optimizer, range(3))
@@ -312,7 +332,7 @@ def test_torch_checkpoints_that_cannot_be_converted():
     with pytest.raises(ValueError, match="decoupled_weight_decay=False"):
         AdamW([param]).load_state_dict(l2.state_dict())
     with pytest.warns(UserWarning, match="quantised"):
-        Adam([param]).load_state_dict(l2.state_dict())
+        Adam([param], states=FP8_LM).load_state_dict(l2.state_dict())
     sgd = torch.optim.SGD([param], lr=0.1, momentum=0.9)
     sgd.step()
     with pytest.raises(ValueError, match="lacks exp_avg, exp_avg_sq, step"):

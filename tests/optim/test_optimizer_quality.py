@@ -11,16 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from training import held, slow_beside, small
 
 from hf_lowprec.optim import AdamW
-from hf_lowprec.recipe import FP8_LM_STATES, NONE, Quant, Rounding, States
+from hf_lowprec.optim import states as st
+from hf_lowprec.recipe import NONE, Quant, Rounding, States
 
 SR = Rounding(mode="stochastic")
-
-
-def slot(optimizer: AdamW, param: torch.Tensor, name: str) -> torch.Tensor:
-    state = optimizer.state[param]
-    return state[name] if name in state else state[f"{name}_qdata"].float() * state[f"{name}_scale"]
+FP8_LM = small("fp8-lm")
 
 
 # --- FP8-LM, arXiv 2310.18313, table 6 -----------------------------------------------------------------------------
@@ -71,12 +69,18 @@ def drifting_gradients(states: States | str, steps: int) -> tuple[torch.Tensor, 
             param.grad = grad
             optimizer.step()
             largest[i] = max(largest[i], (param.detach() - before).abs().max().item())
-    v, v_ref = (slot(o, p, "exp_avg_sq") for o, p in zip(optimizers, params, strict=True))
+    v, v_ref = (held(o, p, "exp_avg_sq") for o, p in zip(optimizers, params, strict=True))
     return v, v_ref, largest[0] / largest[1]
 
 
-def test_second_moments_follow_a_falling_gradient_at_beta2_999():
-    v, v_ref, ratio = drifting_gradients("fp8-lm", 1600)
+@pytest.mark.parametrize("states", slow_beside(["fp8-lm"], ["bf16", "8bit", "4bit", "fp8", "fp8-expand", "compact"]))
+def test_second_moments_follow_a_falling_gradient_at_beta2_999(states):
+    v, v_ref, ratio = drifting_gradients(small(states), 1600)
+    if states == "4bit":  # 8 binades in a block of 128; these gradients, squared, have 17. What is below is lifted
+        largest = v_ref.view(-1, 128).amax(1, keepdim=True)
+        within = (v_ref.view(-1, 128) > largest * 2.0**-7).flatten()
+        assert (v >= 0.2 * v_ref).all() and within.sum() > 80
+        v, v_ref = v.flatten()[within], v_ref.flatten()[within]
     assert (v / v_ref).log2().median().abs() <= 0.1
     assert ratio <= 2.0 and (v > 0).all()
 
@@ -95,7 +99,7 @@ def test_control_bfloat16_nearest_second_moments_freeze():
 
 def travelled(rounding: Rounding) -> torch.Tensor:
     """Distance under a constant gradient, as a share of what float32 moments travel."""
-    states = replace(FP8_LM_STATES, exp_avg=replace(FP8_LM_STATES.exp_avg, rounding=rounding))
+    states = replace(FP8_LM, exp_avg=replace(FP8_LM.exp_avg, rounding=rounding))
     param = nn.Parameter(torch.zeros(256))
     optimizer = AdamW([param], lr=1e-3, weight_decay=0.0, states=states)
     for _ in range(200):
@@ -124,20 +128,19 @@ def moved(states: States | str, dtype: torch.dtype = torch.bfloat16) -> torch.Te
     for _ in range(1000):
         param.grad = -weights
         optimizer.step()
-    if "master_qdata" in optimizer.state[param]:
-        return 100 * (slot(optimizer, param, "master") / weights.float() - 1)
-    return 100 * (param.detach().float() / weights.float() - 1)
+    item = optimizer._plan_now().of(param)
+    return 100 * (st.read_weight(item.state, param, item.states) / weights.float() - 1)
 
 
-@pytest.mark.parametrize("states", ["fp8-lm", "#2b", "bf16-sr"])
+@pytest.mark.parametrize("states", slow_beside(["fp8-lm", "#2b", "bf16-sr"], ["8bit", "compact"]))
 def test_defaults_move_weights_at_low_learning_rates(states):
-    assert abs(moved(states).mean().item() - 5.0) <= 0.25
+    assert abs(moved(states if states[0] == "#" else small(states)).mean().item() - 5.0) <= 0.25
 
 
 @pytest.mark.parametrize(
     "states",
     [
-        replace(FP8_LM_STATES, master=replace(FP8_LM_STATES.master, rounding=Rounding())),
+        replace(FP8_LM, master=replace(FP8_LM.master, rounding=Rounding())),
         States(),
     ],
     ids=["float16 master", "bfloat16 parameter"],
