@@ -35,6 +35,12 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] 
 }
 
 
+@pytest.fixture(autouse=True)
+def no_overrides() -> None:
+    """bitsandbytes keeps overrides by place, (group, number), for the whole process: those of other tests meet ours."""
+    bnb.optim.GlobalOptimManager.get_instance().initialize()
+
+
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     torch.manual_seed(0)
     return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES.values()]
