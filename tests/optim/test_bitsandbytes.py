@@ -37,7 +37,7 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] 
 
 @pytest.fixture(autouse=True)
 def no_overrides() -> None:
-    """bitsandbytes keeps overrides by place, (group, number), for the whole process: those of other tests meet ours."""
+    """bitsandbytes keeps overrides by place, (group, number), for the whole process: other tests' would hold here."""
     bnb.optim.GlobalOptimManager.get_instance().initialize()
 
 
