@@ -250,7 +250,9 @@ class _Mirror:
             self._send(begin, end)
 
     def ready(self) -> None:
-        """Makes sure that a capture finds memory."""
+        """Makes sure that a capture finds memory, and undoes what replays of captured graphs have written here."""
+        if self._graphs:
+            self._send(0, len(self._host))
         if self._pinned and self._spare is None:
             self._spare = torch.empty_like(self._host, pin_memory=True)
 
@@ -281,6 +283,8 @@ class _Launch(NamedTuple):
 
 
 _TABLE, _GRADS, _GROUPS, _CHUNKS = range(4)
+# What captured graphs read and write: nobody tells when a graph is gone, so it is kept to the end of the process.
+_CAPTURED: list[tuple[Any, ...]] = []
 
 
 class Tables:
@@ -369,6 +373,7 @@ class Tables:
 
         if capturing(self.device):
             self._mirror.capture()
+            _CAPTURED.append((self._mirror, *vars(self).values()))
         else:
             self._mirror.ready()
         table, grads, groups = (self._mirror.part(number) for number in (_TABLE, _GRADS, _GROUPS))

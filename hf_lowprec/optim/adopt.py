@@ -115,4 +115,5 @@ def _forward(old: Optimizer, new: LowPrecOptimizer) -> None:
     old.step = new.step = step  # type: ignore[method-assign]
     for name in ("state", "state_dict", "load_state_dict", "zero_grad", "add_param_group"):
         setattr(old, name, getattr(new, name))
+    old.__dict__.pop("_step_supports_amp_scaling", None)  # GradScaler unscales for this step, as for any other
     old.__dict__[_ADOPTED_BY] = new

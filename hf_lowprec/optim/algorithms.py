@@ -49,6 +49,7 @@ class Item:
 
     states: what this parameter really keeps (`overrides.of_parameter`). slots: `states.layout` of them.
     position, index: its place in the group, and over all groups (which seeds stochastic rounding).
+    version: of the Parameter after the last step, where an edit of it matters (`base._widen`), else -1.
     route: -1 not known yet, else an index of the optimizer's (device, has a kernel).
     start: flat index at which `param` begins, where the item is a slice of one (`cpu.slices`), or of a shard.
     key: the Parameter as the optimizer knows it. It is `param`, but for a DTensor: then `param`, `grad` and `state`
@@ -65,6 +66,7 @@ class Item:
     moments: tuple[str, ...] = ()
     slots: dict[str, Quant | Residual | str | None] = field(default_factory=dict)
     grad_dtype: torch.dtype | None = None
+    version: int = -1
     route: int = -1
     start: int = 0
     key: Any = None

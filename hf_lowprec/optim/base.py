@@ -121,7 +121,8 @@ class LowPrecOptimizer(Optimizer):
         self._fused: Any = None
 
     def _start_counters(self) -> None:
-        device = next(self._parameters()).device
+        first = next(self._parameters(), None)
+        device = None if first is None else first.device
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_elements = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -232,6 +233,8 @@ class LowPrecOptimizer(Optimizer):
                 items.append(item)
                 if grad.dtype is not item.grad_dtype:
                     self._meet(plan, item)
+                elif item.version >= 0 and item.param._version != item.version:
+                    self._widen(item)
             plan.check(self.algorithm)
         except BaseException:
             self._release(items)
@@ -257,10 +260,30 @@ class LowPrecOptimizer(Optimizer):
         )
         item.route = plan.route(item.param.device, covered)
         held = item.state.keys()
+        if held and ("master" in item.slots) != any(key.startswith("master") for key in held):
+            raise RuntimeError(
+                f"a Parameter of shape {tuple(item.param.shape)} is {item.param.dtype} now, its state was made for "
+                "another dtype: change a model's dtype before its first step, or build a new optimizer"
+            )
+        if "master" in item.predicted:
+            item.version = item.param._version
+            if held:
+                self._widen(item)
         if held and any(name not in held and f"{name}_qdata" not in held for name in item.moments):
             # SGD: momentum that was switched on later
             for key, value in st.init_state(item.param, item.states, item.moments, shard=item.shard).items():
                 item.state.setdefault(key, value)
+
+    @staticmethod
+    def _widen(item: Item) -> None:
+        """A Parameter that was edited wins over its master: the bound that gives the master's scale must cover it.
+
+        Edits through `.data` raise no version: there the scale's margin, 16 times the largest weight so far, is all.
+        """
+        if item.param.numel():
+            amax, found = item.state["master_amax"], item.param.detach().abs().amax().float()
+            edited = found.isfinite() & (found > amax * 1.01)  # what is more than rounding to 16 bits
+            amax.copy_(torch.where(edited, found, amax))
 
     def _start(self, item: Item) -> None:
         """Gives a parameter its state."""
@@ -287,6 +310,8 @@ class LowPrecOptimizer(Optimizer):
     def _release(items: Iterable[Item]) -> None:
         for item in items:
             item.grad = None  # or the plan would keep gradients alive that `zero_grad` drops
+            if item.version >= 0:
+                item.version = item.param._version
 
     def _update(self, items: list[Item], clip: Tensor | None = None) -> None:
         """One step of `items`, which hold their gradients: kernels where there are some, else the truth."""

@@ -20,7 +20,7 @@ def clip_factor(
 
     factor = min(1, max_norm / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s; gradients are left as they are. Norms
     of 16-bit gradients are summed in float32, of sharded ones over all ranks (together). Without gradients: (1, 0). A
-    gradient that is not finite makes the factor NaN or 0 and the norm NaN or Inf; `step` skips itself then.
+    gradient that is not finite makes the factor NaN and the norm NaN or Inf; `step` skips itself then.
     """
     grads = [p.grad for p in ([params] if isinstance(params, Tensor) else params) if p.grad is not None]
     if not grads:
@@ -33,7 +33,8 @@ def clip_factor(
     ]
     total = torch.linalg.vector_norm(torch.stack([whole, *parts]), norm_type) if parts else whole
     limit = max_norm.to(home, torch.float32) if isinstance(max_norm, Tensor) else max_norm
-    return torch.clamp(limit / (total + 1e-6), max=1.0), total
+    factor = torch.clamp(limit / (total + 1e-6), max=1.0)
+    return torch.where(total.isfinite(), factor, torch.nan), total
 
 
 def _norm(grads: list[Tensor], norm_type: float, home: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ _MOMENTS = {
     "lion": ("exp_avg",),
     "sgd": ("momentum_buffer",),
 }
+
+
+_BATCHES = 16  # lists of items whose tables are kept
 
 
 def covers(algorithm: str, states: States, param: Tensor, grad: Tensor) -> bool:
@@ -73,10 +77,14 @@ class Fused:
         batch = self._known.get(key)
         if batch is None or not batch.same(items):
             batch = self._known[key] = _Batch(algorithm, items)
+            if len(self._known) > _BATCHES:  # gradients that come and go (experts): the oldest list is made again
+                del self._known[next(iter(self._known))]
         optimizer = self._optimizer
-        return batch.step(
-            clip, finite, optimizer.nonfinite == "element", optimizer.skipped_steps, optimizer.skipped_elements
-        )
+        # Triton launches on the current device, whatever the tensors say.
+        with torch.cuda.device(batch.device) if batch.device.type == "cuda" else nullcontext():
+            return batch.step(
+                clip, finite, optimizer.nonfinite == "element", optimizer.skipped_steps, optimizer.skipped_elements
+            )
 
 
 class _Batch:
@@ -105,7 +113,15 @@ class _Batch:
         self._params = [item.param for item in self.items]
         self._states = [item.state for item in self.items]
         self._tensors = list(chain.from_iterable(map(dict.values, self._states)))
+        for tensor in chain(self._params, self._tensors):
+            if tensor.device != self.device:
+                raise RuntimeError(
+                    f"a Parameter or a state lies on {tensor.device}, others on {self.device}: states move with "
+                    "load_state_dict(state_dict()) after the model has moved"
+                )
         self._addresses = list(map(Tensor.data_ptr, self._params))
+        self._probes = [list(state.values())[min(1, len(state) - 1)] for state in self._states]
+        self._probed = list(map(Tensor.data_ptr, self._probes))
         self._dtypes = list(map(_GRAD_DTYPE, self.items))
         # Kernels and states count in row-major order; a Parameter that does not lie so is copied to and fro.
         self._copies = {
@@ -116,6 +132,8 @@ class _Batch:
         tensors = chain.from_iterable(map(dict.values, self._states))
         return (
             list(map(Tensor.data_ptr, self._params)) == self._addresses
+            # One tensor of each state: to move states through `.data` moves them all.
+            and list(map(Tensor.data_ptr, self._probes)) == self._probed
             and list(map(_GRAD_DTYPE, self.items)) == self._dtypes
             and sum(map(len, self._states)) == len(self._tensors)
             and all(map(operator.is_, tensors, self._tensors))

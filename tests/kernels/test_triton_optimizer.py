@@ -68,7 +68,7 @@ QUICK = (
 
 
 def patch_interpreter() -> None:
-    """Triton 3.6's interpreter: loops over bounds that were loaded, and float32 to bfloat16 rounds to nearest."""
+    """Loops over loaded bounds, float32 to bfloat16 to nearest (Triton 3.6), masks that are no bools (3.9)."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -86,6 +86,18 @@ def patch_interpreter() -> None:
         return convert(values, source, target, mode)
 
     interpreter._patch_lang_tensor, interpreter._convert_float = with_index, to_nearest
+
+    builder = interpreter.InterpreterBuilder
+
+    def with_bools(method: Any, place: int) -> Any:
+        def call(self: Any, *args: Any) -> Any:
+            args[place].data = args[place].data.astype(bool)
+            return method(self, *args)
+
+        return call
+
+    builder.create_masked_load = with_bools(builder.create_masked_load, 1)
+    builder.create_masked_store = with_bools(builder.create_masked_store, 2)
 
 
 def parameters(
