@@ -77,8 +77,10 @@ class Fused:
         batch = self._known.get(key)
         if batch is None or not batch.same(items):
             batch = self._known[key] = _Batch(algorithm, items)
-            if len(self._known) > _BATCHES:  # gradients that come and go (experts): the oldest list is made again
-                del self._known[next(iter(self._known))]
+            # Gradients that come and go (experts): the oldest list is made again. Gradient release has lists of one.
+            lists = [known for known in self._known if known[1] > 1]
+            if len(lists) > _BATCHES:
+                del self._known[lists[0]]
         optimizer = self._optimizer
         # Triton launches on the current device, whatever the tensors say.
         with torch.cuda.device(batch.device) if batch.device.type == "cuda" else nullcontext():
