@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step time and peak memory of a Llama training step through Accelerator.prepare, eager, against bf16 of the same run.
+"""Step time and peak memory of a Llama training step through Accelerator.prepare, ours and peers, against bf16.
 
-    python benchmarks/bench_step.py                     every case below (one GPU)
-    python benchmarks/bench_step.py --only 8b/2x4096    cases whose name contains this
+    python benchmarks/bench_step.py                     every case of step_cases.py (one GPU)
+    python benchmarks/bench_step.py --only 8b/2x4096    cases whose name contains this; `8b/2x4096x1/fp8-lm$` is exact
+    python benchmarks/bench_step.py --minutes 4         the first ones, those that decide most come first
     python benchmarks/bench_step.py --micro --device cpu --only tiny   the script itself, on a CPU
 
-A case is model/batch/recipe: `8b/2x4096x1/fp8-lm@bf16` is Llama-8B's widths with 8 layers, micro-batches of 2 x 4096
-tokens, one per step, weights loaded in bf16. Recipes beside ours:
-    bf16        baseline: fp32 weights, bf16 autocast, AdamW(fused=True); every ratio is to it
-    bf16@bf16   bf16 weights and states, no master: less than any recipe here keeps, shown for scale
-    torchao     torchao's tensorwise float8 linears, not compiled, on the baseline (a peer; skipped if not installed)
-`lora` cases train adapters of rank 16 on a frozen base; there the question is memory.
+Finished cases are kept, so a call goes on where the last one ended. Every call measures the baseline of each group
+again, and its ratios are to that: none crosses calls. Peers that are not installed are skipped and named. Losing rows
+stay in. `lora` cases train adapters of rank 16 on a frozen base; there the question is memory.
 
-Milliseconds are the median of CUDA-event times over --steps steps after --warmup; memory is torch's peak over those
-steps. Cases take turns on the GPU (a file lock); while one runs, the next only imports. Losing rows stay in.
+    step_ms             median of CUDA-event times over --steps steps after --warmup; host_ms until step() returns
+    peak_gib            torch's peak over those steps; weights_gib, states_gib and held_gib (all that is allocated
+                        between steps) say what it is made of
+    tflops, mfu_*       step_cases.flops_per_step over the time, and as a share of the GPU's bf16 and FP8 peak
+
+Cases take turns on the GPU (a file lock); while one runs, the next ones only import.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import contextlib
 import fcntl
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,7 +43,6 @@ from harness import (
     file_name,
     finish,
     make_accelerator,
-    parse_recipe,
     peak_gib,
     read_cases,
     report_of,
@@ -48,28 +50,14 @@ from harness import (
     start,
     write_results,
 )
+from step_cases import CASES, MICRO, MODELS, Contender, flops_per_step, parse, utilisation
 
-_COMMON = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 8192}
-MODELS: dict[str, dict[str, int]] = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, **_COMMON},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, **_COMMON},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128},
-}  # fmt: skip
-MODELS["1b-lora"], MODELS["tiny-lora"] = MODELS["1b"], MODELS["tiny"]
 NOT_INSTALLED = "not installed"
+GIB = 2**30
 
-CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("8b", "2x4096x1", (BASELINE, "fp8-lm", "fp8-lm-o1", "te-current", "bf16@bf16", "fp8-lm@bf16", "torchao")),
-    ("1b", "1x2048x4", (BASELINE, "fp8-lm", "te-current", "torchao")),
-    ("1b-lora", "2x4096x1", (BASELINE, "fp8-lm", "bf16@bf16", "fp8-lm@bf16")),
-    ("8b", "1x2048x4", (BASELINE, "fp8-lm")),
-    ("1b", "2x4096x1", (BASELINE, "fp8-lm")),
-)
-MICRO = (
-    ("tiny", "2x64x2", (BASELINE, "bf16@bf16", "fp8-lm", "fp8-lm@bf16", "torchao")),
-    ("tiny-lora", "2x64x1", (BASELINE, "fp8-lm")),
-)
+
+class Missing(Exception):
+    """A peer that cannot be imported."""
 
 
 # --- one case: the worker process ----------------------------------------------------------------------------------
@@ -83,15 +71,29 @@ def turn(path: Path) -> Iterator[None]:
         yield
 
 
-def add_peer(model: Any) -> str | None:
-    """torchao's float8 linears in place of the layers' own; what is missing, or None."""
+def import_peers(contender: Contender) -> None:
+    """Import what the contender needs, before its turn. Raises Missing."""
     try:
+        if contender.name.startswith("torchao"):
+            import torchao.float8  # noqa: F401
+        if {"liger", "liger-loss"} & contender.options:
+            import liger_kernel.transformers  # noqa: F401
+    except ImportError as error:
+        raise Missing(f"{NOT_INSTALLED}: {error.name or error}") from error
+
+
+def add_peers(model: Any, contender: Contender) -> None:
+    """torchao's linears and liger-kernel's modules in place of the model's own."""
+    if contender.name.startswith("torchao"):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        return NOT_INSTALLED
-    config = Float8LinearConfig.from_recipe_name("tensorwise")
-    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: "lm_head" not in name)
-    return None
+
+        recipe = contender.name.partition("-")[2] or "tensorwise"
+        config = Float8LinearConfig.from_recipe_name(recipe)
+        convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: "lm_head" not in name)
+    if "liger" in contender.options:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(model=model)
 
 
 def add_lora(model: Any) -> Any:
@@ -100,19 +102,48 @@ def add_lora(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
+def recipe_argument(contender: Contender) -> str:
+    """What to pass as `mixed_precision`: a name, or a recipe file where the case changes a field."""
+    if not contender.ours:  # bf16 weights: autocast would only add casts
+        return "no" if contender.dtype == "bf16" else BASELINE
+    if contender.weight_cache is None:
+        return contender.name
+    from hf_lowprec.presets import get_recipe
+
+    changed = get_recipe({**get_recipe(contender.name).to_dict(), "weight_cache": contender.weight_cache})
+    path = SCRATCH / f"{contender.name}-{contender.weight_cache}.yaml"
+    path.write_text(changed.to_yaml())
+    return str(path)
+
+
+def make_optimizer(contender: Contender, parameters: list[Any]) -> Any:
+    if contender.states is not None:
+        from hf_lowprec.optim import AdamW
+
+        return AdamW(parameters, lr=1e-5, states=contender.states)
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+
 def measure(model_name: str, batch: str, recipe: str, device: str, warmup: int, steps: int) -> dict[str, Any]:
     import peft  # noqa: F401  imports come before the turn, so that no one waits for them
     import torch
     import transformers  # noqa: F401
 
-    name, dtype = parse_recipe(recipe)
-    precision = BASELINE if name == "torchao" else name
-    if dtype == "bf16" and name == BASELINE:
-        precision = "no"  # weights are bf16 already: autocast would only add casts
-    accelerator = make_accelerator(precision, device, gradient_accumulation_steps=int(batch.split("x")[2]))
+    contender = parse(recipe)
+    import_peers(contender)
+    if "liger-loss" in contender.options:
+        os.environ["HF_LOWPREC_LIGER"] = "1"
+    if "nofuse" in contender.options:
+        os.environ["HF_LOWPREC_FUSE"] = "0"
+    options: dict[str, Any] = {"gradient_accumulation_steps": int(batch.split("x")[2])}
+    if "compile" in contender.options:
+        options["dynamo_backend"] = "inductor"
+    accelerator = make_accelerator(recipe_argument(contender), device, **options)
     with turn(SCRATCH / "gpu.lock"):
         try:
-            return train(accelerator, model_name, batch, name, dtype, warmup, steps)
+            return train(accelerator, model_name, batch, contender, warmup, steps)
         finally:  # the next process needs the memory while this one is still leaving
             accelerator.free_memory()
             gc.collect()
@@ -121,22 +152,23 @@ def measure(model_name: str, batch: str, recipe: str, device: str, warmup: int, 
 
 
 def train(
-    accelerator: Any, model_name: str, batch: str, name: str, dtype: str, warmup: int, steps: int
+    accelerator: Any, model_name: str, batch: str, contender: Contender, warmup: int, steps: int
 ) -> dict[str, Any]:
     import torch
 
-    device = accelerator.device.type
-    model = build_llama(0, dtype, device, **MODELS[model_name])
-    if name == "torchao" and (missing := add_peer(model)):
-        return {"status": missing}
+    device, config = accelerator.device.type, MODELS[model_name]
+    model = build_llama(0, contender.dtype, device, **config)
+    flops = flops_per_step(model, config, batch)
+    add_peers(model, contender)
     if model_name.endswith("-lora"):
         model = add_lora(model)
     parameters = sum(p.numel() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-5, fused=True))
+    inner = model
+    model, optimizer = accelerator.prepare(model, make_optimizer(contender, trained))
     model.train()
     rows, seq, micro_batches = map(int, batch.split("x"))
-    ids = torch.randint(0, MODELS[model_name]["vocab_size"], (micro_batches, rows, seq), device=device)
+    ids = torch.randint(0, config["vocab_size"], (micro_batches, rows, seq), device=device)
 
     def step() -> Any:
         for tokens in ids:
@@ -147,24 +179,50 @@ def train(
                 optimizer.zero_grad()
         return loss.detach()
 
-    loss, times, peak = timed(step, warmup, steps, device)
+    clock = time.perf_counter()
+    loss, times, hosts, peak = timed(step, warmup, steps, device)
+    median = statistics.median(times)
     out = {
         "status": "ok", "parameters": parameters, "trained_parameters": sum(p.numel() for p in trained),
-        "step_ms": round(statistics.median(times), 2), "step_ms_min": round(min(times), 2),
-        "step_ms_max": round(max(times), 2), "tokens_per_s": round(ids.numel() / statistics.median(times) * 1e3),
-        "peak_gib": peak, "loss": float(loss),
+        "step_ms": round(median, 2), "step_ms_min": round(min(times), 2), "step_ms_max": round(max(times), 2),
+        "host_ms": round(statistics.median(hosts), 2), "tokens_per_s": round(ids.numel() / median * 1e3),
+        "peak_gib": peak, "loss": float(loss), "all_steps_s": round(time.perf_counter() - clock, 1),
+        **memory_between_steps(inner, optimizer, device),
     }  # fmt: skip
-    if name not in (BASELINE, "torchao"):
+    if not model_name.endswith("-lora"):  # what a frozen weight costs is another formula
+        out |= utilisation(flops, median, torch.cuda.get_device_name() if device == "cuda" else None)
+    if contender.ours:
         report = report_of(accelerator, model)
         out |= {"summary": report.summary(), "kernels": report.kernels}
     return out
 
 
-def timed(step: Any, warmup: int, steps: int, device: str) -> tuple[Any, list[float], float | None]:
-    """The last loss, milliseconds of each measured step, peak GiB over them."""
+def memory_between_steps(model: Any, optimizer: Any, device: str) -> dict[str, float]:
+    """What is held when no step runs: the weights, the optimizer's states, and all that is allocated."""
+    if device != "cuda":
+        return {}
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+        optimizer = optimizer.optimizer
+
+    def size(tensors: Any) -> float:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.is_cuda}
+        return round(sum(storages.values()) / GIB, 3)
+
+    states = [t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, torch.Tensor)]
+    return {
+        "weights_gib": size(model.parameters()), "states_gib": size(states),
+        "held_gib": round(torch.cuda.memory_allocated() / GIB, 3),
+    }  # fmt: skip
+
+
+def timed(step: Any, warmup: int, steps: int, device: str) -> tuple[Any, list[float], list[float], float | None]:
+    """The last loss, milliseconds of each measured step, milliseconds until each returned, peak GiB over them."""
     import torch
 
-    times = []
+    times, hosts = [], []
     for index in range(warmup + steps):
         if index == warmup and device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -172,23 +230,26 @@ def timed(step: Any, warmup: int, steps: int, device: str) -> tuple[Any, list[fl
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             begin.record()
-            loss = step()
+        clock = time.perf_counter()
+        loss = step()
+        hosts.append(1e3 * (time.perf_counter() - clock))
+        if device == "cuda":
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
         else:
-            clock = time.perf_counter()
-            loss = step()
-            times.append(1e3 * (time.perf_counter() - clock))
-    return loss, times[warmup:], peak_gib()
+            times.append(hosts[-1])
+    return loss, times[warmup:], hosts[warmup:], peak_gib()
 
 
 def work(order: dict[str, Any]) -> None:
     """A case that cannot run is a result too: its error is stored in place of numbers."""
     try:
         measured = measure(**order["case"])
+    except Missing as error:
+        measured = {"status": str(error)}
     except Exception as error:
-        measured = {"status": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        measured = {"status": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
     finish(order, measured)
 
 
@@ -207,38 +268,50 @@ def add_ratios(cases: list[dict[str, Any]]) -> None:
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    head = ("model", "batch", "recipe", "step ms", "ratio", "tokens/s", "peak GiB", "ratio")
-    rows = [head]
+    rows = [("model", "batch", "contender", "step ms", "ratio", "host ms", "tokens/s", "MFU", "peak GiB", "ratio")]
     for c in cases:
-        numbers = [c.get(k) for k in ("step_ms", "ratio", "tokens_per_s", "peak_gib", "peak_ratio")]
-        cells = ["-" if n is None else f"{n:g}" for n in numbers] if c["status"] == "ok" else [""] * 5
+        fields = ("step_ms", "ratio", "host_ms", "tokens_per_s", "mfu_bf16", "peak_gib", "peak_ratio")
+        numbers = [c.get(k) for k in fields]
+        cells = ["-" if n is None else f"{n:g}" for n in numbers] if c["status"] == "ok" else [""] * len(fields)
         rows.append((c["model_name"], c["batch"], c["recipe"], *cells))
         if c["status"] != "ok":
-            rows[-1] = (*rows[-1][:7], f"  {c['status'][:60]}")
-    return "\n".join(f"{a:<9} {b:<9} {c:<12} {d:>9} {e:>6} {f:>9} {g:>9} {h:>6}" for a, b, c, d, e, f, g, h in rows)
+            rows[-1] = (*rows[-1][:9], f"  {c['status'][:60]}")
+    wide = max(len(row[2]) for row in rows)
+    return "\n".join(
+        f"{a:<9} {b:<9} {c:<{wide}} {d:>9} {e:>6} {f:>8} {g:>9} {h:>7} {i:>9} {j:>6}"
+        for a, b, c, d, e, f, g, h, i, j in rows
+    )
+
+
+def wants(only: list[str], name: str) -> bool:
+    return any(name.endswith(text[:-1]) if text.endswith("$") else text in name for text in only)
 
 
 def plan(args: argparse.Namespace, stored: list[dict[str, Any]], here: dict[str, Any]) -> tuple[list, dict, list]:
     """All wanted cases in order, the stored ones that still hold (by key), and those to run.
 
-    Ratios are to a baseline of the same run, so a group with anything to run measures its baseline again.
+    Ratios are to a baseline of the same run, so a group with anything to run measures its baseline again, first.
     """
     settings = {"device": args.device, "warmup": args.warmup, "steps": args.steps}
     wanted = [
         {"model_name": model, "batch": batch, "recipe": recipe, **settings}
         for model, batch, recipes in (MICRO if args.micro else CASES)
         for recipe in recipes
-        if any(text in f"{model}/{batch}/{recipe}" for text in args.only)
+        if wants(args.only, f"{model}/{batch}/{recipe}")
     ]
     kept: dict[str, dict[str, Any]] = {}
     for case in wanted:
-        found = [c for c in stored if c["status"] == "ok" and reusable(c, case, here, args.any_source)]
+        stock = not parse(case["recipe"]).ours  # a peer runs the same whatever our source is
+        found = [c for c in stored if c["status"] == "ok" and reusable(c, case, here, args.any_source or stock)]
         if found and not args.again:
             kept[key(case)] = found[0]
     waiting = [case for case in wanted if key(case) not in kept]
-    groups = dict.fromkeys((case["model_name"], case["batch"]) for case in waiting)
-    bases = [{"model_name": m, "batch": b, "recipe": BASELINE, **settings} for m, b in groups]
-    return wanted, kept, [*(base for base in bases if base not in waiting), *waiting]
+    ordered: list[dict[str, Any]] = []
+    for case in waiting:
+        for wanted_now in ({**case, "recipe": BASELINE}, case):
+            if wanted_now not in ordered:
+                ordered.append(wanted_now)
+    return wanted, kept, ordered
 
 
 def run(args: argparse.Namespace) -> int:
@@ -250,9 +323,10 @@ def run(args: argparse.Namespace) -> int:
     order = [key(case) for case in wanted]
     fresh: dict[str, dict[str, Any]] = {}
     running: list[tuple[dict[str, Any], subprocess.Popen, Path]] = []
-    deadline = time.monotonic() + 60 * args.minutes
+    begun = time.monotonic()
+    deadline = begun + 60 * args.minutes
     while (waiting or running) and time.monotonic() < deadline:
-        while waiting and len(running) < 2:  # one measures, one imports
+        while waiting and len(running) < args.jobs:  # one measures, the others import
             case = waiting.pop(0)
             target = SCRATCH / f"step-{file_name(key(case))}.json"
             running.append((case, start(__file__, case, target), target))
@@ -263,15 +337,20 @@ def run(args: argparse.Namespace) -> int:
             died = {**case, "status": f"exit status {process.returncode}", "environment": here}
             result = json.loads(target.read_text()) if target.is_file() else died
             fresh[key(case)] = {**result, "command": here["command"]}
-            print(f"{key(case)}: {result['status']} {result.get('step_ms', '')}", flush=True)
             add_ratios(list(fresh.values()))
+            now = fresh[key(case)]
+            numbers = f"{now.get('step_ms', '')} ms, ratio {now.get('ratio', '-')}, {now.get('peak_gib', '-')} GiB"
+            print(f"{time.monotonic() - begun:5.0f} s  {key(case)}: {now['status']} {numbers}", flush=True)
             known = {key(c): c for c in stored} | kept | fresh
             ranked = sorted(known, key=lambda name: order.index(name) if name in order else -1)
             write_results(args.out, {"benchmark": "step", "cases": [known[name] for name in ranked]})
     for _, process, _ in running:
         process.terminate()
     known = kept | fresh
-    print(table([known[name] for name in order if name in known]))
+    print(table([known[name] for name in dict.fromkeys([*fresh, *order]) if name in known]))
+    for name, case in known.items():
+        if case["status"].startswith(NOT_INSTALLED):
+            print(f"SKIPPED: {name}: {case['status']}")
     late = [case for case, _, _ in running] + waiting
     for case in late:
         print(f"NOT FINISHED: {key(case)}: out of time")
@@ -284,10 +363,12 @@ def key(case: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose model/batch/recipe contains one of these")
+    names = "cases whose model/batch/contender contains one of these, or ends with it (TEXT$)"
+    parser.add_argument("--only", nargs="+", default=[""], help=names)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=600, help="stop then; what has finished is stored")
+    parser.add_argument("--jobs", type=int, default=3, help="processes at a time: one measures, the others import")
     parser.add_argument("--micro", action="store_true", help="toy models, to try the script")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--again", action="store_true", help="measure finished cases again")

@@ -48,6 +48,10 @@ FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _drawn: dict[str, dict[str, str]] = {}  # family -> recipe -> shade
 
 
+class NothingToDraw(Exception):
+    """The results hold nothing of this kind, e.g. because an older version of the benchmark wrote them."""
+
+
 def colour(recipe: str) -> str:
     for family, (prefixes, shades) in FAMILIES.items():
         if recipe.rpartition("/")[2].startswith(prefixes):  # a recipe may be a file
@@ -191,34 +195,128 @@ def loss_states(data: dict[str, Any]) -> Figure:
 # --- step time and memory ------------------------------------------------------------------------------------------
 
 
-def step(data: dict[str, Any]) -> Figure:
-    """Step time and peak memory as shares of bf16's, of every case that ran, the losing ones included."""
+def step_groups(data: dict[str, Any], field: str, baseline: bool) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Cases that ran and have `field`, by model and batch."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case in data["cases"]:
-        if case["status"] == "ok" and "ratio" in case and case["recipe"] != BASELINE:
+        if case["status"] == "ok" and case.get(field) is not None and (baseline or case["recipe"] != BASELINE):
             groups.setdefault((case["model_name"], case["batch"]), []).append(case)
-    figure = Figure(figsize=(9.0, 0.9 + 0.26 * sum(len(g) + 1 for g in groups.values())), layout="constrained")
-    for axes, field, title in zip(
-        figure.subplots(1, 2, sharey=True), ("ratio", "peak_ratio"), ("step time / bf16", "peak memory / bf16"),
-        strict=True,
-    ):  # fmt: skip
-        position, ticks = 0.0, []
-        for (model, batch), cases in groups.items():
-            for case in cases:
-                value = case.get(field)
-                ticks.append((position, f"{model} {batch}  {case['recipe']}"))
-                if value is not None:
-                    axes.barh(position, value, color=colour(case["recipe"]), height=0.8)
-                    axes.text(value, position, f" {value:.2f}", va="center", fontsize=8)
-                position += 1
-            position += 0.7
-        axes.axvline(1, color=colour(BASELINE), lw=1.2)
-        axes.set_title(title)
-        axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
-        axes.margins(x=0.12)
+    if not groups:
+        raise NothingToDraw(f"no case of {data['benchmark']}.json has {field}")
+    return groups
+
+
+def step(data: dict[str, Any]) -> Figure:
+    """Step time as a share of bf16's in the same run, of every case that ran, the losing ones included."""
+    groups = step_groups(data, "ratio", baseline=False)
+    figure = Figure(figsize=(8.2, 1.2 + 0.24 * sum(len(g) + 1 for g in groups.values())), layout="constrained")
+    axes = figure.subplots()
+    position, ticks = 0.0, []
+    for (model, batch), cases in groups.items():
+        axes.text(0, position - 0.75, f"{model}, {batch}", fontsize=9, weight="bold", va="center")
+        for case in cases:
+            ticks.append((position, case["recipe"]))
+            axes.barh(position, case["ratio"], color=colour(case["recipe"]), height=0.8)
+            share = f", {100 * case['mfu_bf16']:.0f} %" if case.get("mfu_bf16") else ""
+            axes.text(case["ratio"], position, f" {case['ratio']:.2f}  ({case['step_ms']:.0f} ms{share})", va="center",
+                      fontsize=8)  # fmt: skip
+            position += 1
+        position += 1.2
+    axes.axvline(1, color=colour(BASELINE), lw=1.2)
+    axes.set_title("step time / bf16 of the same run   (ms, model FLOPs as a share of the bf16 peak)", pad=18)
+    axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.margins(x=0.22, y=0.01)
     axes.invert_yaxis()
     first = next(iter(groups.values()))[0]
-    figure.supxlabel(conditions(first["environment"]) + "; eager, through Accelerator.prepare", fontsize=8)
+    how = "through Accelerator.prepare, eager unless +compile; @bf16: weights loaded in bf16"
+    figure.supxlabel(f"{how}\n{conditions(first['environment'])}", fontsize=8)
+    return figure
+
+
+PARTS = (("weights_gib", "weights", "#8c8c8c"), ("states_gib", "optimizer states", "#8a63c9"),
+         ("held", "cached FP8 weights, other state", "#2a9d5c"),
+         ("rest", "activations, gradients, temporaries", "#1f77d0"))  # fmt: skip
+
+
+def memory(data: dict[str, Any]) -> Figure:
+    """Peak memory of a step, stacked: what is held between steps, and what a step adds on top."""
+    groups = step_groups(data, "held_gib", baseline=True)
+    figure = Figure(figsize=(8.2, 1.4 + 0.24 * sum(len(g) + 1 for g in groups.values())), layout="constrained")
+    axes = figure.subplots()
+    position, ticks = 0.0, []
+    for (model, batch), cases in groups.items():
+        axes.text(0, position - 0.75, f"{model}, {batch}", fontsize=9, weight="bold", va="center")
+        for case in cases:
+            held = case["held_gib"] - case["weights_gib"] - case["states_gib"]
+            sizes = {**case, "held": max(held, 0.0), "rest": case["peak_gib"] - case["held_gib"]}
+            left = 0.0
+            for field, label, shade in PARTS:
+                axes.barh(position, sizes[field], left=left, color=shade, height=0.8,
+                          label=label if not ticks else None)  # fmt: skip
+                left += sizes[field]
+            share = f" ({case['peak_ratio']:.2f})" if "peak_ratio" in case else ""
+            axes.text(left, position, f" {case['peak_gib']:.1f}{share}", va="center", fontsize=8)
+            ticks.append((position, case["recipe"]))
+            position += 1
+        position += 1.2
+    axes.set_title("peak memory, GiB   (share of bf16's in the same run)", pad=18)
+    axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.margins(x=0.14, y=0.01)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", fontsize=8, ncols=2)
+    figure.supxlabel(conditions(next(iter(groups.values()))[0]["environment"]), fontsize=8)
+    return figure
+
+
+def breakeven(data: dict[str, Any]) -> Figure:
+    """Time of two layers, forward and backward, as a share of bf16's, over width and tokens; the line: break-even."""
+    cases = data["cases"]
+    figure = Figure(figsize=(1.2 + 3.6 * len(cases), 3.6), layout="constrained")
+    for axes, case in zip(np.atleast_1d(figure.subplots(1, len(cases), sharey=True)), cases, strict=True):
+        widths, tokens = (sorted({cell[i] for cell in case["cells"]}) for i in (0, 1))
+        ratios = np.full((len(tokens), len(widths)), np.nan)
+        for width, count, base, ours in case["cells"]:
+            ratios[tokens.index(count), widths.index(width)] = ours / base
+        spread = max(0.5, float(np.nanmax(np.abs(np.log2(ratios)))))
+        axes.imshow(np.log2(ratios), cmap="RdBu_r", vmin=-spread, vmax=spread, origin="lower", aspect="auto")
+        if min(ratios.shape) > 1:
+            axes.contour(ratios, levels=[1.0], colors="black", linewidths=1.2)
+        for y, x in np.ndindex(ratios.shape):
+            dark = abs(np.log2(ratios[y, x])) > 0.6 * spread
+            axes.text(x, y, f"{ratios[y, x]:.2f}", ha="center", va="center", fontsize=8,
+                      color="white" if dark else "black")  # fmt: skip
+        axes.set_xticks(range(len(widths)), widths)
+        axes.set_yticks(range(len(tokens)), tokens)
+        axes.set_title(f"{case['recipe']}: time / bf16")
+        axes.set_xlabel("hidden size")
+    figure.axes[0].set_ylabel("tokens in a micro-batch")
+    figure.supxlabel(f"two Llama layers, forward and backward, eager; {conditions(cases[0]['environment'])}",
+                     fontsize=8)  # fmt: skip
+    return figure
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------
+
+
+def kernels(data: dict[str, Any]) -> Figure:
+    """Bytes that a pass must move over its time, as a share of what a copy reaches in the same process."""
+    cases = [case for case in data["cases"] if case["status"] == "ok" and case.get("copy_share")]
+    cases = [case for case in cases if ", 8192 x" in case["kernel"]]
+    if not cases:
+        raise NothingToDraw("no case of the size that is drawn (8192 rows)")
+    figure = Figure(figsize=(8.2, 1.2 + 0.22 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    for position, case in enumerate(cases):
+        axes.barh(position, case["copy_share"], color=colour("fp8"), height=0.8)
+        axes.text(case["copy_share"], position, f" {case['copy_share']:.2f}  ({case['gb_per_s']:.0f} GB/s)",
+                  va="center", fontsize=8)  # fmt: skip
+    axes.axvline(1, color=INK, lw=0.8)
+    axes.axvline(0.9, color=INK, lw=0.8, ls=(0, (4, 4)))
+    axes.set_yticks(range(len(cases)), [case["kernel"] for case in cases], fontsize=8)
+    axes.set_title("needed bytes per second / a device copy's   (dashed: the target, 0.9)")
+    axes.margins(x=0.2, y=0.01)
+    axes.invert_yaxis()
+    figure.supxlabel(conditions(cases[0]["environment"]), fontsize=8)
     return figure
 
 
@@ -277,6 +375,9 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "loss_parity": ("loss_parity.json", loss_parity),
     "loss_states": ("loss_states.json", loss_states),
     "step": ("step.json", step),
+    "memory": ("step.json", memory),
+    "breakeven": ("breakeven.json", breakeven),
+    "kernels": ("kernels.json", kernels),
     "optim": ("optim.json", optim),
 }
 
@@ -290,7 +391,11 @@ def draw(name: str, results: Path, images: Path) -> bool:
     _drawn.clear()
     images.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure = function(json.loads(path.read_text()))
+        try:
+            figure = function(json.loads(path.read_text()))
+        except NothingToDraw as error:
+            print(f"{name}: {error}")
+            return False
         figure.savefig(images / f"{name}.svg", metadata={"Date": None})
         figure.savefig(images / f"{name}.png", dpi=140, metadata={"Software": None})
     size = (images / f"{name}.png").stat().st_size

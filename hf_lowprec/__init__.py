@@ -26,7 +26,7 @@ _EXPORTS = {
     "ConversionReport": "report",
     "Recipe": "recipe",
     "RecipeError": "recipe",
-    "PRESETS": "recipe",
+    "PRESETS": "presets",
     "LowPrecLinear": "modules",
     "StableEmbedding": "modules",
     "LowPrecConfig": "integrations.quantizer",
@@ -44,7 +44,8 @@ __all__ = [*_EXPORTS, *_NAMESPACES]
 if TYPE_CHECKING:
     from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, revert
     from hf_lowprec.modules import LowPrecLinear, StableEmbedding
-    from hf_lowprec.recipe import PRESETS, Recipe, RecipeError
+    from hf_lowprec.presets import PRESETS
+    from hf_lowprec.recipe import Recipe, RecipeError
     from hf_lowprec.report import ConversionReport
     from hf_lowprec.stepping import attach_optimizer
 

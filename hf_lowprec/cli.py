@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_lowprec import describe
-from hf_lowprec.recipe import ALIASES, PLANNED, PRESETS, Recipe, RecipeError, get_recipe
+from hf_lowprec.presets import ALIASES, PLANNED, PRESETS, get_recipe
+from hf_lowprec.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

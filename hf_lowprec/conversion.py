@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """convert(model, recipe): swap the linears of a model for low-precision ones, in place, and say what was done.
 
-Which modules: every `nn.Linear` and transformers `Conv1D`, except
-
-- output embeddings and weights tied to an embedding (their errors reach every token, and tying shares one tensor);
-- classification and value heads (`score`, `classifier`, `v_head`, ...), adapters (LoRA A/B), MoE routers: small and
-  sensitive;
-- sizes that no FP8 GEMM takes (a dimension not divisible by 16), unless the recipe is emulated;
-- what `modules_to_not_convert` names and what `module_filter_fn` refuses.
+`selection` says which linears; `fusion` then lets modules run together that read the same tensor or follow each other.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,22 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_lowprec import optim, stepping
+from hf_lowprec import fusion, optim, stepping
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
-from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, original_class, set_class
-from hf_lowprec.recipe import Accumulation, Recipe, get_recipe
+from hf_lowprec.modules.linear import LowPrecMixin, original_class, set_class
+from hf_lowprec.presets import get_recipe
+from hf_lowprec.recipe import Accumulation, Recipe
 from hf_lowprec.report import ConversionReport
+from hf_lowprec.selection import Choice, break_even, matches, select, weight_of
 from hf_lowprec.session import Session, live_sessions, session_of
 
-# Matched against whole dotted parts of a module's name.
-_HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "qa_outputs", "v_head", "value_head",
-          "reward_head", "summary", "output_projection")  # fmt: skip
-_ROUTERS = ("router", "gate", "shared_expert_gate", "gating")
-_ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-_ALIGNMENT = 16
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSE_ENV = "HF_LOWPREC_FUSE"
 
 
 class ConversionError(ValueError):
@@ -52,6 +43,8 @@ def convert(
     modules_to_not_convert: Sequence[str] | str | None = None,
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
     emulate: bool = False,
+    fuse: bool | None = None,
+    min_numel: int | None = None,
 ) -> ConversionReport:
     """Make `model` train by `recipe`, in place; Parameters keep their identity and names. Idempotent.
 
@@ -60,6 +53,10 @@ def convert(
             part of a module name (`"mlp"`), a whole name, or, as a regular expression, all of it.
         module_filter_fn: called with (module, name); False leaves the module alone.
         emulate: on a GPU without FP8 tensor cores, compute the same numbers slowly instead of raising.
+        fuse: quantise a tensor once for all linears that read it, fuse norms and MLPs (docs/fusing.md).
+            None: unless the environment variable HF_LOWPREC_FUSE is 0.
+        min_numel: leave linears in the base precision whose weight has fewer elements. None: the size below which FP8
+            gains nothing on this GPU (`selection.BREAK_EVEN`); 0: convert all sizes.
 
     Returns: the report, also printed by `hf-lowprec inspect` and logged at `Accelerator.prepare`.
 
@@ -86,8 +83,11 @@ def convert(
     _release_orphans(model)
     _refuse_what_nothing_reads(chosen)
     emulated = _emulates(model, chosen, emulate)
-    patterns = [*chosen.modules_to_not_convert, *excluded]
-    report, modules = _select(model, chosen, patterns, module_filter_fn, aligned=not emulated)
+    patterns = (*chosen.modules_to_not_convert, *excluded)
+    if min_numel is None:
+        min_numel = 0 if emulated else break_even(_device(model))
+    choice = Choice(patterns, module_filter_fn, aligned=not emulated, min_numel=min_numel)
+    report, modules = select(model, chosen, choice)
     report.emulated = emulated
     if chosen.quantises_gemms and not modules:
         raise NothingConvertedError(f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}")
@@ -97,12 +97,15 @@ def convert(
     for index, (name, module) in enumerate(modules.items()):
         kn = type(module) is not nn.Linear
         state = LayerState.create(chosen, index, weight_is_kn=kn, emulate=always)
-        if (device := _weight(module).device).type != "meta":
+        if (device := weight_of(module).device).type != "meta":
             state.to(device)
         layers[name] = state
         module._lowprec = state  # type: ignore[assignment]
         set_class(module, low_precision_class(module))  # type: ignore[arg-type]
     Session.begin(model, chosen, report, ScalingState(chosen, layers))
+    if layers and (os.environ.get(FUSE_ENV) != "0" if fuse is None else fuse):
+        on_gpu = always and torch.cuda.is_available()
+        fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
     stepping.install_hooks()
     optim.mark_embeddings(model)  # for optimizers of ours that nobody attaches
     return report
@@ -127,40 +130,46 @@ def revert(model: nn.Module) -> None:
 
 
 def _restore(module: nn.Module) -> None:
+    fusion.unfuse(module)
     if isinstance(module, LowPrecMixin):
         set_class(module, original_class(module))
         del module._lowprec
 
 
 def _release_orphans(model: nn.Module) -> None:
-    """Restore converted layers that belong to no conversion: copies, taken out of a converted model one by one."""
-    owned = {id(layer) for session in live_sessions() for layer in session.scaling.layers.values()}
+    """Restore modules that belong to no conversion: copies, taken out of a converted model one by one."""
+    layers = {id(layer) for session in live_sessions() for layer in session.scaling.layers.values()}
+    fused = {id(m) for session in live_sessions() for m in session.root.modules() if fusion.is_fused(m)}
     for module in model.modules():
-        if isinstance(module, LowPrecMixin) and id(module._lowprec) not in owned:
+        orphan = id(module._lowprec) not in layers if isinstance(module, LowPrecMixin) else id(module) not in fused
+        if orphan:
             _restore(module)
 
 
 @contextmanager
 def high_precision(model: nn.Module) -> Iterator[None]:
-    """Run the converted layers in the base precision inside the context, e.g. to compare an evaluation."""
+    """Run the model as it was before conversion inside the context, e.g. to compare an evaluation."""
     session = session_of(model)
-    layers = [] if session is None else list(session.scaling.layers.values())
-    before = [layer.enabled for layer in layers]
+    states: list[Any] = []
+    if session is not None:
+        # The root may have lost modules to `model` (PEFT's merge_and_unload).
+        fused = {id(state): state for root in (session.root, model) for state in fusion.fused_states(root)}
+        states = [*session.scaling.layers.values(), *fused.values()]
+    before = [state.enabled for state in states]
     try:
-        for layer in layers:
-            layer.enabled = False
+        for state in states:
+            state.enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for state, enabled in zip(states, before, strict=True):
+            state.enabled = enabled
 
 
 def invalidate(model: nn.Module) -> None:
     """Drop cached low-precision weights; needed after writes that no hook sees (`param.data[...]`)."""
     session = session_of(model)
     if session is not None:
-        for layer in session.scaling.layers.values():
-            layer.frozen = None
+        session.scaling.drop_weights()
 
 
 def recipe_of(model: nn.Module) -> Recipe | None:
@@ -173,89 +182,7 @@ def report_of(model: nn.Module) -> ConversionReport | None:
     return None if session is None else session.report
 
 
-# --- selection -----------------------------------------------------------------------------------------------------
-
-
-def _select(
-    model: nn.Module,
-    recipe: Recipe,
-    patterns: list[str],
-    filter_fn: Callable[[nn.Module, str], bool] | None,
-    *,
-    aligned: bool,
-) -> tuple[ConversionReport, dict[str, nn.Module]]:
-    report = ConversionReport(recipe)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or low_precision_class(m)}
-    heads, tied, unused = _head_ids(model), _tied_ids(model), set(patterns)
-    chosen: dict[str, nn.Module] = {}
-    for name, module in linears.items():
-        matched = [p for p in patterns if _matches(p, name)]
-        unused -= set(matched)
-        reason = _reason(name, module, model, heads, tied, aligned)
-        if not recipe.quantises_gemms:
-            reason = f"recipe {recipe.name} quantises no GEMM"
-        elif matched:
-            reason = f"named by modules_to_not_convert ({matched[0]})"
-        elif reason is None and filter_fn is not None and not filter_fn(module, name):
-            reason = "refused by module_filter_fn"
-        if reason is None:
-            chosen[name] = module
-            report.converted.append(name)
-            report.converted_parameters += _weight(module).numel()
-            report.converted_flops += _weight(module).numel()
-        else:
-            report.skipped[name] = reason
-        if id(module) not in heads:
-            report.flops += _weight(module).numel()
-    for name, parameter in model.named_parameters():
-        report.parameters += parameter.numel()
-        if parameter.dim() == 3 and "expert" in name:
-            report.unconvertible[name] = "3-D expert weights of a mixture of experts"
-            report.flops += parameter.numel()
-    # A pattern may also name a module that is no linear; only one that matches nothing at all is a likely typo.
-    names = [n for n, _ in model.named_modules()]
-    report.unmatched_patterns = sorted(p for p in unused if not any(_matches(p, n) for n in names))
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    report.bytes_per_parameter = size / max(1, report.parameters)
-    return report, chosen
-
-
-def _reason(
-    name: str, module: nn.Module, model: nn.Module, heads: set[int], tied: set[int], aligned: bool
-) -> str | None:
-    """Why `module` is left alone, or None."""
-    parts = name.split(".")
-    if isinstance(module, LowPrecMixin):
-        return "already converted"
-    if low_precision_class(module) is None:
-        return f"class {type(module).__name__} may have a forward of its own"
-    if id(module) in heads:
-        return "output embedding or head"
-    weight = _weight(module)
-    if id(weight) in tied:
-        return "weight tied to another module"
-    if any(part in _ADAPTERS for part in parts):
-        return "adapter"
-    if any(part in _HEADS for part in parts):
-        return "head"
-    parent = model.get_submodule(".".join(parts[:-1]))
-    # A `gate` beside `up` belongs to a gated MLP, one beside experts chooses among them.
-    if parts[-1] in _ROUTERS and any("expert" in child for child, _ in parent.named_children()):
-        return "router"
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"nn.{type(parent).__name__} reads its weight directly"
-    if forward_is_replaced(module):
-        return "its forward was replaced on the instance"
-    if weight.dtype not in _DTYPES:
-        return f"its weight is stored as {weight.dtype}"
-    if aligned and any(size % _ALIGNMENT for size in weight.shape):
-        return f"a dimension of {tuple(weight.shape)} is not divisible by {_ALIGNMENT}"
-    return None
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight
+# --- what convert checks first --------------------------------------------------------------------------------------
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -267,41 +194,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _head_ids(model: nn.Module) -> set[int]:
-    heads = set()
-    for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        if callable(getter):
-            try:
-                head = getter()
-            except (AttributeError, NotImplementedError):
-                continue
-            if head is not None:
-                heads.add(id(head))
-    return heads
-
-
-def _tied_ids(model: nn.Module) -> set[int]:
-    """ids of Parameters that more than one module owns."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {key for key, count in owners.items() if count > 1}
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern == name or pattern in name.split(".") or name.endswith("." + pattern):
-        return True
-    if f".{pattern}." in f".{name}.":
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False
 
 
 def _patterns(patterns: Sequence[str] | str | None) -> list[str]:
@@ -332,13 +224,14 @@ def _check_same(
     modules = dict(existing.root.named_modules())
     for name in existing.report.converted:
         refused = filter_fn is not None and name in modules and not filter_fn(modules[name], name)
-        if refused or any(_matches(pattern, name) for pattern in excluded):
+        if refused or any(matches(pattern, name) for pattern in excluded):
             raise ConversionError(
                 f"the model is already converted, {name!r} included, which is to be left alone now: call "
                 "hf_lowprec.revert(model) first"
             )
     inside = {id(m) for m in existing.root.modules()}
-    _, would = _select(model, chosen, list(chosen.modules_to_not_convert), None, aligned=not existing.report.emulated)
+    choice = Choice(chosen.modules_to_not_convert, aligned=not existing.report.emulated)
+    _, would = select(model, chosen, choice)
     outside = [name for name, module in would.items() if id(module) not in inside]
     if outside:
         raise ConversionError(
@@ -367,13 +260,17 @@ def _emulates(model: nn.Module, recipe: Recipe, emulate: bool) -> bool:
         return emulate
     if native_nowhere(recipe) is not None:
         return True
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     if device.type in ("cpu", "meta"):  # it may move to the GPU later, where every GEMM is checked again
         return not torch.cuda.is_available()
     problem = native_problem(recipe, device)
     if problem is None:
         return False
     raise ConversionError(f"{problem}; pass emulate=True to compute the same numbers slowly, or use recipe 'bf16'")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def native_problem(recipe: Recipe, device: torch.device) -> str | None:

@@ -11,18 +11,8 @@ import math
 from collections.abc import Sequence
 
 from hf_lowprec.formats import FORMATS, Format
-from hf_lowprec.recipe import (
-    ALIASES,
-    PLANNED,
-    PRESETS,
-    Accumulation,
-    Quant,
-    Recipe,
-    Residual,
-    Rounding,
-    Scaling,
-    States,
-)
+from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
+from hf_lowprec.recipe import Accumulation, Quant, Recipe, Residual, Rounding, Scaling, States
 
 GEMMS = {
     "fprop": ("output = input @ weight.T", ("input", "weight")),
@@ -34,6 +24,11 @@ _COMPAND_WORDS = {
     "softsign": "softsign-companded ",
     "sqrt": "square roots in ",
     "expand": "range-expanded ",
+}
+_WEIGHT_CACHE_WORDS = {
+    "both": "once per optimizer step, kept in both layouts (2 bytes per parameter)",
+    "one": "once per optimizer step, kept in one layout (1 byte per parameter), transposed in backward",
+    "none": "in every forward and backward pass, nothing kept",
 }
 # Formats whose products FP8 tensor cores compute, with one scale per tensor.
 _TENSOR_CORE_FORMATS = ("e4m3fn", "e5m2")
@@ -143,13 +138,18 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
         rows.append(("weight gradients", words))
     loss_scale = recipe.loss_scale
     rows.append(("loss scale", "none" if loss_scale.method == "none" else f"{loss_scale.method}, {loss_scale.init:g}"))
-    if recipe.saved is not None:
-        # The linears save their quantised input either way; norms and activations follow once they have kernels.
-        rows.append(("saved elementwise", quant_words(recipe.saved, "") + "; by fused kernels only (planned)"))
+    if recipe.quantises_gemms:
+        rows.append(("saved by MLPs", _saved_words(recipe)))
+        rows.append(("weight casts", _WEIGHT_CACHE_WORDS[recipe.weight_cache]))
     rows.append(("base precision", f"{_base(recipe)}: everything that no slot names"))
     if recipe.quantises_gemms:
         rows.append(("stays high", stays_high(recipe)))
     return rows
+
+
+def _saved_words(recipe: Recipe) -> str:
+    """What fused MLPs keep of gate and up; linears save their quantised input in any case."""
+    return quant_words(recipe.saved, "gate and up as they are computed") + "; by MLPs that are fused"
 
 
 def _state_rows(states: States | None) -> list[tuple[str, str]]:

@@ -16,7 +16,8 @@ import torch
 from hf_lowprec import __version__
 from hf_lowprec._autoload import AUTOLOAD_ENV, RECIPE_ENV
 from hf_lowprec.conversion import native_nowhere, native_problem
-from hf_lowprec.recipe import PRESETS, Recipe, RecipeError, get_recipe
+from hf_lowprec.presets import PRESETS, get_recipe
+from hf_lowprec.recipe import Recipe, RecipeError
 
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "trl")
 TORCH_AUTOLOAD_ENV = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # torch's own switch for the entry points that carry our hook

@@ -5,10 +5,14 @@
     dgrad:  grad_input  = Q(grad_output)    @ Q(weight)
     wgrad:  grad_weight = Q(grad_output).T  @ Q(input)
 
-Each Q is one of the recipe's six slots; a GEMM without slots runs in the base precision. Where wgrad reads the input
-in the same form as fprop, the quantised input is what is saved for backward: one byte an element instead of two. The
-weight is not saved in low precision: backward casts it again with the scale of fprop, which costs a read of the weight
-and saves a byte per parameter while the activations peak.
+Each Q is one of the recipe's six slots; a GEMM without slots runs in the base precision. Where both GEMMs that read an
+operand read it in the same form, it is quantised once, in the two layouts that they need (`ops.cast_transpose`):
+
+    input         both layouts in forward. The transposed one is what is saved for backward: one byte an element, as
+                  the other would be, and backward need not transpose (4 bytes an element moved in all instead of 5).
+    grad_output   both layouts in backward.
+    weight        cached by the caller from optimizer step to optimizer step (`weight`), or cast in forward and once
+                  more in backward with the scale of fprop, which costs a read and saves a byte per parameter.
 
 Operator calls carry strings and tensors only, so torch.compile traces through without a break and without guards on
 anything that changes between steps.
@@ -41,6 +45,33 @@ class OperandState(NamedTuple):
     amax: Tensor | None
     counts: Tensor
     seed: Tensor | None
+
+
+class Quantized(NamedTuple):
+    """A quantised matrix [R, C], x ~ qdata * scale, in one or both of the layouts that GEMMs read.
+
+    qdata: [R, C] contiguous, or None where nobody reads it.
+    scale: 0-dim float32.
+    transposed: [C, R rounded up to 16] contiguous, with zeros at the end, or None where it was not made.
+    """
+
+    qdata: Tensor | None
+    scale: Tensor
+    transposed: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """[R, C], for a product that sums over C."""
+        assert self.qdata is not None
+        return self.qdata
+
+    @property
+    def columns(self) -> Tensor:
+        """[C, R] or longer, for a product that sums over R."""
+        if self.transposed is not None:
+            return self.transposed
+        assert self.qdata is not None
+        return self.qdata.t()
 
 
 class LinearSpec(NamedTuple):
@@ -89,6 +120,23 @@ class LinearSpec(NamedTuple):
         )
 
 
+class _Call(NamedTuple):
+    """One call of `linear` beside its tensors with gradients: a single argument, as autograd looks at each."""
+
+    spec: LinearSpec
+    dtype: torch.dtype
+    observe: bool
+    input_state: OperandState
+    weight_state: OperandState
+    grad_state: OperandState
+    ready: tuple[bool, bool, bool]
+    quantized: Quantized | None
+    weight: Quantized | None
+
+
+_NOT_READY = (False, False, False)
+
+
 def linear(
     input: Tensor,
     weight: Tensor,
@@ -97,7 +145,10 @@ def linear(
     input_state: OperandState,
     weight_state: OperandState,
     grad_state: OperandState,
-    frozen: tuple[Tensor, Tensor] | None = None,
+    *,
+    ready: tuple[bool, bool, bool] = _NOT_READY,
+    quantized: Quantized | None = None,
+    quantized_weight: Quantized | None = None,
 ) -> Tensor:
     """`F.linear` in low precision.
 
@@ -105,7 +156,9 @@ def linear(
         input: [..., K], any number of leading dimensions and rows, zero rows included.
         weight: [N, K], or [K, N] with `spec.weight_is_kn`.
         bias: [N] or None.
-        frozen: (qdata, scale) of a weight that does not train, quantised earlier.
+        ready: of each state, whether the host knows that the delayed scale is not 0 (`ops.quantize`).
+        quantized: Q(input) as [rows, K]; needs `spec.shared_input` if the weight trains. The input is not read then.
+        quantized_weight: Q(weight) in the weight's own layout, from an earlier call; needs `spec.shared_weight`.
 
     Returns: [..., N] in the autocast dtype, or in the input's dtype without autocast.
 
@@ -121,74 +174,74 @@ def linear(
         )
     else:
         dtype = input.dtype
-    observe = torch.is_grad_enabled()
-    qdata, scale = frozen if frozen is not None else (None, None)
-    out: Tensor = _Linear.apply(
-        input, weight, bias, spec, dtype, observe, qdata, scale, *input_state, *weight_state, *grad_state
-    )
+    call = _Call(
+        spec, dtype, torch.is_grad_enabled(), input_state, weight_state, grad_state, ready, quantized,
+        quantized_weight,
+    )  # fmt: skip
+    out: Tensor = _Linear.apply(input, weight, bias, call)
     return out
 
 
-def quantize_weight(weight: Tensor, spec: LinearSpec, state: OperandState) -> tuple[Tensor, Tensor]:
-    """(qdata, scale) of a frozen weight, in the weight's own layout; `spec.fprop_weight` must be set."""
-    assert spec.fprop_weight is not None
-    return ops.quantize(weight.detach(), spec.fprop_weight, state.scale, seed=state.seed)
+def quantize_matrix(
+    x: Tensor,
+    quant: str,
+    state: OperandState,
+    *,
+    ready: bool,
+    observe: bool,
+    partials: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = True,
+) -> Quantized:
+    """Q(x) of [..., C] as a matrix, one scale for the tensor, in the layouts that are asked for."""
+    amax, counts = (state.amax, state.counts) if observe else (None, None)
+    a, b, scale = ops.cast_transpose(
+        x, quant, state.scale, amax=amax, counts=counts, seed=state.seed, ready=ready, partials=partials, rows=rows,
+        columns=columns,
+    )  # fmt: skip
+    return Quantized(a if rows else None, scale, b if columns else None)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        spec: LinearSpec,
-        dtype: torch.dtype,
-        observe: bool,
-        w_qdata: Tensor | None,
-        w_scale: Tensor | None,
-        *flat: Tensor | None,
-    ) -> Tensor:
-        x_state, w_state, g_state = (OperandState(*flat[i : i + 4]) for i in (0, 4, 8))  # type: ignore[arg-type]
-        x = input.reshape(-1, input.shape[-1])
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        spec, dtype, observe = call.spec, call.dtype, call.observe
         trains_input, trains_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        keep_input = observe and trains_weight
         n = weight.shape[1] if spec.weight_is_kn else weight.shape[0]
 
-        x_qdata = x_scale = None
-        cached = w_qdata is not None
+        x = call.quantized
+        w = call.weight
+        w_scale = None
         if spec.fprop_input is None or spec.fprop_weight is None:
-            out = F.linear(x.to(dtype), _nk(weight, spec).to(dtype), None if bias is None else bias.to(dtype))
+            flat = input.reshape(-1, input.shape[-1])
+            out = F.linear(flat.to(dtype), _nk(weight, spec).to(dtype), None if bias is None else bias.to(dtype))
         else:
-            x_qdata, x_scale = _quantize(x, spec.fprop_input, x_state, observe)
-            if w_qdata is None or w_scale is None:
-                w_qdata, w_scale = _quantize_weight(weight, spec, w_state, observe)
+            if x is None:
+                x = _quantize_input(input, call, keep_input)
+            if w is not None:
+                w_nk, w_scale = (w.columns if spec.weight_is_kn else w.rows), w.scale
             else:
-                w_qdata = _nk(w_qdata, spec)
+                w_nk, w_scale = _quantize_weight(weight, call)
             out = ops.scaled_mm(
-                x_qdata, x_scale, spec.fprop_input, w_qdata, w_scale, spec.fprop_weight, bias,
+                x.rows, x.scale, spec.fprop_input, w_nk, w_scale, spec.fprop_weight, bias,
                 dtype=dtype, fast=spec.fast[0], emulate=spec.emulate,
             )  # fmt: skip
 
         saved_x = saved_x_scale = None
-        if trains_weight:
+        if keep_input:
             if spec.shared_input:
-                saved_x, saved_x_scale = x_qdata, x_scale
+                assert x is not None
+                saved_x, saved_x_scale = x.columns, x.scale
             elif spec.wgrad_input is None:
-                saved_x = x.to(dtype)
+                saved_x = input.reshape(-1, input.shape[-1]).to(dtype)
             else:
-                first_look = observe and x_qdata is None
-                saved_x, saved_x_scale = _quantize(x.t(), spec.wgrad_input, x_state, first_look)
-        # A cached weight is there anyway: dgrad reads it. Any other would be a byte per parameter kept for backward.
-        keep_qdata = cached and spec.shared_weight
-        ctx.save_for_backward(
-            saved_x, saved_x_scale,
-            w_qdata if keep_qdata and trains_input else None,
-            w_scale,
-            weight if trains_input and not keep_qdata else None,
-        )  # fmt: skip
-        # Not saved tensors: backward writes to them, and a layer that ran twice would find them "modified in place".
-        ctx.w_state, ctx.g_state = w_state, g_state
-        ctx.spec, ctx.dtype, ctx.observe = spec, dtype, observe
+                flat = input.reshape(-1, input.shape[-1])
+                saved_x, saved_x_scale = _quantize(flat.t(), spec.wgrad_input, call.input_state, x is None)
+        ctx.save_for_backward(saved_x, saved_x_scale, w_scale, weight if trains_input and w is None else None)
+        # Not saved tensors: backward writes to the states, and a layer that ran twice would find them "modified in
+        # place"; a cached weight is no activation, which a hook on saved tensors would move to the CPU, say.
+        ctx.call = call
         ctx.input_shape, ctx.input_dtype = input.shape, input.dtype
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return out.reshape(*input.shape[:-1], n)
@@ -196,75 +249,108 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # the gradient of a cast is not its straight-through estimate: refuse, do not guess
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved_x, x_scale, w_qdata, w_scale, weight = ctx.saved_tensors
-        w_state, g_state, spec = ctx.w_state, ctx.g_state, ctx.spec
+        saved_x, x_scale, w_scale, weight = ctx.saved_tensors
+        call: _Call = ctx.call
+        spec = call.spec
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        g = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
 
-        g_qdata = g_scale = None
+        g = None
+        low_input = needs_input and spec.dgrad_grad_output is not None
+        low_weight = needs_weight and spec.wgrad_grad_output is not None
+        if spec.shared_grad_output and (low_input or low_weight):
+            g = quantize_matrix(
+                grad_output, spec.dgrad_grad_output, call.grad_state,  # type: ignore[arg-type]
+                ready=call.ready[2], observe=call.observe, rows=low_input, columns=low_weight,
+            )  # fmt: skip
+        grads = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, grad_output.shape[-1])
+
         if needs_input:
             if spec.dgrad_grad_output is None:
-                hp_weight = _nk(weight, spec).to(ctx.dtype)
-                grad_input = (g.to(ctx.dtype) @ hp_weight).to(ctx.input_dtype)
+                hp_weight = _nk(weight, spec).to(call.dtype)
+                grad_input = (grads.to(call.dtype) @ hp_weight).to(ctx.input_dtype)
             else:
-                g_qdata, g_scale = _quantize(g, spec.dgrad_grad_output, g_state, ctx.observe)
-                if w_qdata is not None:
-                    w_kn = w_qdata.t()
-                elif spec.shared_weight:
-                    w_kn, _ = ops.quantize(weight, spec.dgrad_weight, w_scale, fixed=True, seed=w_state.seed)
-                    w_kn = w_kn if spec.weight_is_kn else w_kn.t()
+                if g is not None:
+                    g_mn, g_scale = g.rows, g.scale
                 else:
-                    first_look = ctx.observe and spec.fprop_weight is None
-                    w_kn, w_scale = _quantize(_nk(weight, spec).t(), spec.dgrad_weight, w_state, first_look)
+                    g_mn, g_scale = _quantize(grads, spec.dgrad_grad_output, call.grad_state, call.observe)
+                assert spec.dgrad_weight is not None
+                w_kn, w_kn_scale = _dgrad_weight(weight, w_scale, call)
                 grad_input = ops.scaled_mm(
-                    g_qdata, g_scale, spec.dgrad_grad_output, w_kn, w_scale, spec.dgrad_weight,
+                    g_mn, g_scale, spec.dgrad_grad_output, w_kn, w_kn_scale, spec.dgrad_weight,
                     dtype=ctx.input_dtype, fast=spec.fast[1], emulate=spec.emulate,
                 )  # fmt: skip
             grad_input = grad_input.reshape(ctx.input_shape)
 
         if needs_weight:
             if spec.wgrad_grad_output is None:
-                grad_weight = (g.to(ctx.dtype).t() @ saved_x.to(ctx.dtype)).to(ctx.weight_dtype)
+                grad_weight = (grads.to(call.dtype).t() @ saved_x.to(call.dtype)).to(ctx.weight_dtype)
+                grad_weight = grad_weight.t() if spec.weight_is_kn else grad_weight
             else:
-                if g_qdata is not None and spec.shared_grad_output:
-                    g_nm = g_qdata.t()
+                if g is not None:
+                    g_nm, g_nm_scale = g.columns, g.scale
                 else:
-                    first_look = ctx.observe and g_qdata is None
-                    g_nm, g_scale = _quantize(g.t(), spec.wgrad_grad_output, g_state, first_look)
-                x_km = saved_x.t() if spec.shared_input else saved_x
-                assert g_scale is not None
-                grad_weight = ops.scaled_mm(
-                    g_nm, g_scale, spec.wgrad_grad_output, x_km, x_scale, spec.wgrad_input,
-                    dtype=ctx.weight_dtype, fast=spec.fast[2], emulate=spec.emulate,
-                )  # fmt: skip
-            if spec.weight_is_kn:
-                grad_weight = grad_weight.t()
+                    first_look = call.observe and not low_input
+                    g_nm, g_nm_scale = _quantize(grads.t(), spec.wgrad_grad_output, call.grad_state, first_look)
+                assert spec.wgrad_input is not None
+                a: tuple[Tensor, Tensor, str] = (g_nm, g_nm_scale, spec.wgrad_grad_output)
+                b: tuple[Tensor, Tensor, str] = (saved_x, x_scale, spec.wgrad_input)
+                if spec.weight_is_kn:  # the gradient comes in the weight's own layout
+                    a, b = b, a
+                grad_weight = ops.scaled_mm(*a, *b, dtype=ctx.weight_dtype, fast=spec.fast[2], emulate=spec.emulate)
 
         if needs_bias:
-            grad_bias = g.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, *([None] * 17)
+            grad_bias = grads.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, None
 
 
 def _nk(weight: Tensor, spec: LinearSpec) -> Tensor:
     return weight.t() if spec.weight_is_kn else weight
 
 
-def _quantize(x: Tensor, quant: str | None, state: OperandState, observe: bool) -> tuple[Tensor, Tensor]:
-    assert quant is not None
-    return ops.quantize(
-        x,
-        quant,
-        state.scale,
-        amax=state.amax if observe else None,
-        counts=state.counts if observe else None,
-        seed=state.seed,
-    )
+def _quantize_input(input: Tensor, call: _Call, keep: bool) -> Quantized:
+    """Q(input) for fprop, and for wgrad where one cast serves both."""
+    spec = call.spec
+    assert spec.fprop_input is not None
+    if spec.shared_input:
+        return quantize_matrix(
+            input, spec.fprop_input, call.input_state, ready=call.ready[0], observe=call.observe, columns=keep
+        )
+    qdata, scale = _quantize(input.reshape(-1, input.shape[-1]), spec.fprop_input, call.input_state, call.observe)
+    return Quantized(qdata, scale)
 
 
-def _quantize_weight(weight: Tensor, spec: LinearSpec, state: OperandState, observe: bool) -> tuple[Tensor, Tensor]:
-    """Q(weight) as [N, K] for fprop: cast in its stored order where the policy has no axis."""
+def _quantize_weight(weight: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    """Q(weight) as [N, K] for fprop."""
+    spec, state = call.spec, call.weight_state
+    assert spec.fprop_weight is not None
     if not spec.shared_weight:
-        return _quantize(_nk(weight, spec), spec.fprop_weight, state, observe)
-    qdata, scale = _quantize(weight, spec.fprop_weight, state, observe)
-    return _nk(qdata, spec), scale
+        return _quantize(_nk(weight, spec), spec.fprop_weight, state, call.observe)
+    kn = spec.weight_is_kn
+    w = quantize_matrix(
+        weight, spec.fprop_weight, state, ready=call.ready[1], observe=call.observe, rows=not kn, columns=kn
+    )
+    return (w.columns if kn else w.rows), w.scale
+
+
+def _dgrad_weight(weight: Tensor | None, scale: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+    """Q(weight) as [K, N] for dgrad: the cached one, or cast again with the scale of fprop."""
+    spec, state = call.spec, call.weight_state
+    kn = spec.weight_is_kn
+    if call.weight is not None:
+        return (call.weight.rows if kn else call.weight.columns), call.weight.scale
+    assert weight is not None and spec.dgrad_weight is not None
+    if spec.shared_weight:
+        assert scale is not None
+        rows, columns, _ = ops.cast_transpose(
+            weight, spec.dgrad_weight, scale, fixed=True, seed=state.seed, rows=kn, columns=not kn
+        )
+        return (rows if kn else columns), scale
+    first_look = call.observe and spec.fprop_weight is None
+    return _quantize(_nk(weight, spec).t(), spec.dgrad_weight, state, first_look)
+
+
+def _quantize(x: Tensor, quant: str, state: OperandState, observe: bool) -> tuple[Tensor, Tensor]:
+    """Q(x) along its last axis: slots that differ, and granularities other than the tensor."""
+    amax, counts = (state.amax, state.counts) if observe else (None, None)
+    return ops.quantize(x, quant, state.scale, amax=amax, counts=counts, seed=state.seed)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hf_lowprec.ops import kernel_counts
@@ -21,7 +23,13 @@ class ConversionReport:
     parameters, converted_parameters: elements of all Parameters, and of the converted weights.
     flops, converted_flops: multiply-adds per token of the layers' GEMMs; output embeddings are not counted, as in
         the papers.
+    shared: groups of linears that read the same tensor and quantise it once.
+    norms, unfused_norms: norm -> the converted linears that read it; or -> why it runs unfused.
+    unread: fused norm -> why it has no such linears.
+    mlps, unfused_mlps: MLP -> what it computes; or -> why it runs unfused.
+    untraced: model or part of it -> why nobody knows which of its modules read the same tensors.
     optimizer: one line about the optimizer, once one is attached.
+    attention, loss: what else was chosen for this model, in a few words.
     """
 
     recipe: Recipe
@@ -29,6 +37,13 @@ class ConversionReport:
     skipped: dict[str, str] = field(default_factory=dict)
     unconvertible: dict[str, str] = field(default_factory=dict)
     unmatched_patterns: list[str] = field(default_factory=list)
+    shared: list[tuple[str, ...]] = field(default_factory=list)
+    norms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unfused_norms: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    mlps: dict[str, str] = field(default_factory=dict)
+    unfused_mlps: dict[str, str] = field(default_factory=dict)
+    untraced: dict[str, str] = field(default_factory=dict)
     parameters: int = 0
     converted_parameters: int = 0
     flops: int = 0
@@ -36,6 +51,8 @@ class ConversionReport:
     bytes_per_parameter: float = 0.0
     emulated: bool = False
     optimizer: str = "no optimizer attached"
+    attention: str | None = None
+    loss: str | None = None
     _kernels_before: Counter[str] = field(default_factory=kernel_counts, repr=False)
 
     @property
@@ -57,12 +74,23 @@ class ConversionReport:
 
     def summary(self) -> str:
         """One line for the log."""
-        how = "emulated" if self.emulated else "native"
+        how = ("emulated" if self.emulated else "native") + " GEMMs" + self._fused()
         return (
             f"hf_lowprec: recipe {self.recipe.name}: converted {len(self.converted)} of {self.total_linears} linears "
-            f"({self.parameter_share:.1%} of parameters, {self.flop_share:.1%} of layer GEMM FLOPs), {how} GEMMs; "
-            f"{self.optimizer}; {self.bytes_per_parameter:.2f} bytes per parameter{self._warnings()}"
+            f"({self.parameter_share:.1%} of parameters, {self.flop_share:.1%} of layer GEMM FLOPs), {how}; "
+            f"{self.optimizer}; {self.bytes_per_parameter:.2f} bytes per parameter{self._chosen()}{self._warnings()}"
         )
+
+    def _fused(self) -> str:
+        """`; fused: 64 of 65 norms, 32 of 32 MLPs, 64 shared inputs`, without what the model does not have."""
+        kinds = (("norms", self.norms, self.unfused_norms), ("MLPs", self.mlps, self.unfused_mlps))
+        words = [f"{len(fused)} of {len(fused) + len(left)} {what}" for what, fused, left in kinds if fused or left]
+        words += [f"{len(self.shared)} shared inputs"] if self.shared else []
+        return f"; fused: {', '.join(words)}" if words else ""
+
+    def _chosen(self) -> str:
+        parts = (("attention", self.attention), ("loss", self.loss))
+        return "".join(f"; {what} {words}" for what, words in parts if words is not None)
 
     def _warnings(self) -> str:
         """What a reader of the one line has to know beside the success."""
@@ -79,8 +107,35 @@ class ConversionReport:
             lines.append(f"  left alone, {reason}: {_shorten(names)}")
         for reason, names in _grouped(self.unconvertible).items():
             lines.append(f"  not a linear, {reason}: {_shorten(names)}")
+        lines.extend(self._structure())
         lines.extend(f"  ran {count} x {kernel}" for kernel, count in sorted(self.kernels.items()))
         return "\n".join(lines)
+
+    def _structure(self) -> list[str]:
+        """What runs together, one line per kind of layer."""
+        lines = [f"  one input: {words}" for words in _kinds(" + ".join(_brief(group)) for group in self.shared)]
+        norms = (f"{name} -> {' + '.join(_brief(readers))}" for name, readers in self.norms.items() if readers)
+        lines += [f"  fused norm: {words}" for words in _kinds(norms)]
+        for reason, names in _grouped(self.unread).items():
+            lines += [f"  fused norm, {reason}: {words}" for words in _kinds(names)]
+        lines += [f"  fused MLP: {words}" for words in _kinds(f"{name} = {what}" for name, what in self.mlps.items())]
+        for reason, names in _grouped({**self.unfused_norms, **self.unfused_mlps}).items():
+            lines += [f"  unfused, {reason}: {words}" for words in _kinds(names)]
+        lines += [f"  structure of {name} not found: {reason}" for name, reason in self.untraced.items()]
+        return lines
+
+
+def _brief(names: tuple[str, ...]) -> list[str]:
+    """Full names, but for what the later ones have in common with the first."""
+    first = names[0].rpartition(".")[0]
+    inside = all(name.rpartition(".")[0] == first for name in names)
+    return [names[0], *(name.rpartition(".")[2] if inside else name for name in names[1:])]
+
+
+def _kinds(lines: Iterable[str]) -> list[str]:
+    """Equal lines but for the numbers of layers folded into one, with a count."""
+    counts = Counter(re.sub(r"(?<![^. ])\d+(?![^. ])", "*", line) for line in lines)
+    return [line if count == 1 else f"{count} x {line}" for line, count in counts.items()]
 
 
 def _grouped(reasons: dict[str, str]) -> dict[str, list[str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from hf_lowprec.modules import ScalingState
 from hf_lowprec.modules.linear import LowPrecMixin
 from hf_lowprec.optim.gradient import GradientQuantizer
-from hf_lowprec.recipe import Recipe, RecipeError, get_recipe
+from hf_lowprec.presets import get_recipe
+from hf_lowprec.recipe import Recipe, RecipeError
 from hf_lowprec.report import ConversionReport
 
 _LIVE: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -33,6 +35,7 @@ class Session:
         self.recipe = recipe
         self.report = report
         self.scaling = scaling
+        self._at_end: list[Callable[[], None]] = []
         self.gradients: GradientQuantizer | None = None
         if recipe.communication is not None:
             self.gradients = GradientQuantizer(recipe.communication, len(scaling.layers))
@@ -48,9 +51,18 @@ class Session:
         """False after `revert`."""
         return self.root.__dict__.get("_hf_lowprec") is self
 
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Have `revert` call it, to undo what was done to this model besides the conversion; copies do not."""
+        self._at_end.append(callback)
+
     def end(self) -> None:
         self.root.__dict__.pop("_hf_lowprec", None)
         _LIVE.discard(self)
+        while self._at_end:
+            self._at_end.pop()()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_at_end": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -86,6 +98,7 @@ class Session:
             raise ValueError(
                 f"the checkpoint's low-precision state names a recipe that is not known here: {error}"
             ) from None
+        theirs = replace(theirs, weight_cache=self.recipe.weight_cache)  # changes no number
         if theirs != self.recipe:
             reusable = theirs.states == self.recipe.states
             way = (

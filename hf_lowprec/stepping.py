@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens around `optimizer.step()`, for any optimizer: two global hooks and two state-dict hooks.
 
-    before: weight gradients pass through the recipe's communication format (`p.grad` is swapped, and restored after)
+    before: weight gradients pass through the recipe's communication format (`optim/gradient.py`)
     after:  amax histories roll, new scales, cached low-precision weights are dropped
 
 torch's global optimizer hooks fire for optimizers that a script built itself and for those that we never saw.
@@ -20,9 +20,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hf_lowprec import optim
+from hf_lowprec.modules import LayerState, weights_changed
+from hf_lowprec.modules.state import role_quants
 from hf_lowprec.optim import states as st
 from hf_lowprec.optim.checkpoints import BEFORE_CHECKPOINT
-from hf_lowprec.optim.release import BEFORE_UPDATE
+from hf_lowprec.optim.release import AFTER_UPDATE, BEFORE_UPDATE
 from hf_lowprec.optim.shards import is_sharded
 from hf_lowprec.recipe import Quant, Residual
 from hf_lowprec.session import Session, live_sessions, session_of
@@ -34,10 +36,15 @@ _installed = False
 
 
 class _Followed(NamedTuple):
-    """A session whose Parameters an optimizer steps, and the gradient swap that goes with it."""
+    """A session whose Parameters an optimizer steps.
+
+    swap: what goes with its gradients. weights: those that are kept in low precision with a scale from their amax,
+    which our own optimizers find on their way.
+    """
 
     session: weakref.ref[Session]
     swap: optim.GradientSwap | None
+    weights: list[tuple[LayerState, torch.Tensor]]
 
 
 # Asking again at every step would walk all Parameters.
@@ -63,6 +70,7 @@ def install_hooks() -> None:
         register_optimizer_step_post_hook(_after_step)
         BEFORE_CHECKPOINT.append(_followed)
         BEFORE_UPDATE.append(_before_update)
+        AFTER_UPDATE.append(weights_changed)
         _installed = True
 
 
@@ -163,26 +171,35 @@ def _carried(optimizer: torch.optim.Optimizer) -> list[Session]:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     for followed in _followed(optimizer):
+        if followed.weights and isinstance(optimizer, optim.LowPrecOptimizer):
+            optimizer.note_amax()
         if followed.swap is not None:
             args, kwargs = followed.swap.pre_step(optimizer, args, kwargs) or (args, kwargs)
     return args, kwargs
 
 
-def _before_update(optimizer: torch.optim.Optimizer, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def _before_update(optimizer: optim.LowPrecOptimizer) -> None:
     """With gradient release a gradient is quantised where it is used, inside backward."""
     for followed in _followed(optimizer):
-        if followed.swap is not None and param in followed.swap.index:
-            grad = followed.swap.quantizer.quantize(followed.swap.index[param], grad)
-    return grad
+        if followed.weights:
+            optimizer.note_amax()
+        if followed.swap is not None:
+            followed.swap.tell(optimizer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    weights_changed()
     for followed in _followed(optimizer):
         if followed.swap is not None:
             followed.swap.post_step(optimizer, args, kwargs)
         session = followed.session()
         if session is not None:
             session.scaling.roll()
+        if isinstance(optimizer, optim.LowPrecOptimizer):
+            for state, weight in followed.weights:
+                amax = optimizer.weight_amax(weight)
+                if amax is not None:
+                    state.weight_cache.note_amax(weight, amax)
 
 
 def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:
@@ -196,7 +213,7 @@ def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:
         mine = [s for s in sessions if s in attached or s.owns(optimizer)]
         for session in mine:  # an optimizer that nobody attached saves the state from its first step on
             carry_state(session, optimizer)
-        known = (key, [_Followed(weakref.ref(s), _swap(s)) for s in mine])
+        known = (key, [_Followed(weakref.ref(s), _swap(s), _scaled_by_amax(s)) for s in mine])
         _FOLLOWED[optimizer] = known
     return known[1]
 
@@ -208,6 +225,16 @@ def _swap(session: Session) -> optim.GradientSwap | None:
     swap = _SWAPS.setdefault(session, optim.GradientSwap(session.gradients, index))
     swap.index = index
     return swap
+
+
+def _scaled_by_amax(session: Session) -> list[tuple[LayerState, torch.Tensor]]:
+    """Of layers whose weight is cast with a scale from its own amax, and kept (`modules.weight_cache`)."""
+    quant = role_quants(session.recipe)["weight"]
+    if quant is None or session.recipe.weight_cache == "none":
+        return []
+    if quant.scaling.method != "current" or quant.scaling.granularity != "tensor":
+        return []
+    return [(session.scaling.layers[name], weight) for name, weight in session.weights().items()]
 
 
 # --- what the report says -------------------------------------------------------------------------------------------

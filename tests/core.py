@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hf_lowprec.formats import get_format
 from hf_lowprec.modules.linear import LowPrecMixin
-from hf_lowprec.recipe import PRESETS, Quant, Recipe
+from hf_lowprec.presets import PRESETS
+from hf_lowprec.recipe import Quant, Recipe
 
 QUANTISING = [name for name, recipe in PRESETS.items() if recipe.quantises_gemms]
 VOCAB = 32

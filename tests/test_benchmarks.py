@@ -19,8 +19,9 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("verdict", "harness", "corpus", "plot", "environment", "lanes", "loss_parity", "loss_states"):
-        sys.modules.pop(name, None)
+    for name in list(sys.modules):
+        if (BENCHMARKS / f"{name}.py").is_file():
+            sys.modules.pop(name)
 
 
 def losses(*values: float) -> dict[int, float]:

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from hf_lowprec import cli, describe, doctor, optim
 from hf_lowprec.conversion import native_problem
 from hf_lowprec.optim.table import named
-from hf_lowprec.recipe import ALIASES, PLANNED, PRESETS, Quant, Recipe, Residual, Rounding, Scaling, States
+from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
+from hf_lowprec.recipe import Quant, Recipe, Residual, Rounding, Scaling, States
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +103,21 @@ def test_explain_says_what_is_in_each_slot():
     assert "e5m2" in dgrad and "e5m2" in wgrad and "powers of two" in wgrad
     for words in ("2310.18313", "e5m10", "stochastic", "mu", "output embeddings", "sm_89"):
         assert words in output
+
+
+def test_explain_says_what_is_kept_of_mlps_and_weights(tmp_path):
+    said = {}
+    for policy in ("both", "one", "none"):
+        (tmp_path / f"{policy}.yaml").write_text(
+            Recipe.from_dict({**PRESETS["fp8-lm"].to_dict(), "weight_cache": policy}).to_yaml()
+        )
+        output = invoke("explain", str(tmp_path / f"{policy}.yaml"))
+        said[policy] = next(line for line in output.splitlines() if line.startswith("weight casts"))
+        saved = next(line for line in output.splitlines() if line.startswith("saved by MLPs"))
+        assert "e4m3fn, per tensor, its own amax" in saved and "planned" not in output
+    assert len(set(said.values())) == 3 and "2 bytes" in said["both"] and "1 byte" in said["one"]
+    assert "gate and up as they are computed" in invoke("explain", "te-current")
+    assert "weight casts" not in invoke("explain", "bf16")
 
 
 def test_words_tell_apart_what_differs():
@@ -195,6 +211,18 @@ def test_inspect_every_layer_of_a_config_file(config):
     output = invoke("inspect", str(config), "--recipe", "te-current", "--all")
     assert sum(line.startswith("model.layers.") for line in output.splitlines()) == 3 * 7
     assert "model.layers.2.mlp.down_proj" in output
+
+
+def test_inspect_shows_what_runs_together(config):
+    pytest.importorskip("transformers")
+    output = invoke("inspect", str(config))
+    for line in (
+        "one input: 3 x model.layers.*.self_attn.q_proj + k_proj + v_proj",
+        "fused norm: 3 x model.layers.*.post_attention_layernorm -> model.layers.*.mlp.gate_proj + up_proj",
+        "fused MLP: 3 x model.layers.*.mlp = down_proj(silu(gate_proj(x)) * up_proj(x))",
+        "fused: 7 of 7 norms, 3 of 3 MLPs, 6 shared inputs",
+    ):
+        assert line in output
 
 
 def test_inspect_refuses_what_is_no_model(tmp_path):

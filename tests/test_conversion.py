@@ -27,7 +27,7 @@ from torch import nn
 import hf_lowprec
 from hf_lowprec.conversion import recipe_of, report_of, session_of
 from hf_lowprec.modules import LowPrecLinear
-from hf_lowprec.recipe import PRESETS
+from hf_lowprec.presets import PRESETS
 
 LAYER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
@@ -57,7 +57,8 @@ def test_converted_modules_are_still_linears() -> None:
     hf_lowprec.convert(model, "fp8-lm")
     assert type(model.up) is LowPrecLinear and isinstance(model.up, nn.Linear)
     assert repr(model.up) == ("LowPrecLinear(in_features=32, out_features=48, bias=True, i:e4m3fn,w:e4m3fn,go:e5m2)")
-    assert type(model.norm) is nn.LayerNorm
+    assert isinstance(model.norm, nn.LayerNorm)
+    assert repr(model.norm).startswith("LowPrecLayerNorm((32,), eps=1e-05") and repr(model.norm).endswith(", fused)")
 
 
 @pytest.mark.parametrize("name", QUANTISING)
@@ -135,7 +136,7 @@ def test_copies_are_independent_and_complete(way: str) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     train_step(model, optimizer, x)
     model(x)
-    assert model.up._lowprec.frozen is not None, "the float8 cache must not be in the way of a copy"
+    assert model.up._lowprec.weight_cache.quantized is not None, "the float8 cache must not be in the way of a copy"
     if way == "deepcopy":
         other = copy.deepcopy(model)
     elif way == "pickle":

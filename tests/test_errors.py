@@ -18,7 +18,9 @@ import hf_lowprec
 from hf_lowprec.conversion import ConversionError, NothingConvertedError, native_problem, session_of
 from hf_lowprec.modules import LowPrecLinear
 from hf_lowprec.monitor import statistics
-from hf_lowprec.recipe import PLANNED, PRESETS, RecipeError
+from hf_lowprec.ops import quant_key
+from hf_lowprec.presets import PLANNED, PRESETS
+from hf_lowprec.recipe import Quant, RecipeError
 from hf_lowprec.stepping import STATE_KEY, attach_optimizer
 
 
@@ -165,10 +167,9 @@ def test_gemm_on_a_gpu_without_fp8(gpu: Callable[[int, int], None]) -> None:
     from hf_lowprec.kernels import scaled_mm
 
     gpu(8, 6)
-    scaled_mm._capability.cache_clear()
+    key = quant_key(Quant(format="e4m3fn"))
     with pytest.raises(RuntimeError, match=r"NVIDIA Oldtimer has no FP8 tensor cores .*emulate=True"):
-        scaled_mm._check(torch.device("cuda"), ("e4m3fn", "e4m3fn"), (torch.ones(()), torch.ones(())))
-    scaled_mm._capability.cache_clear()
+        scaled_mm._supported(torch.device("cuda"), key, key)
 
 
 # --- optimizers and checkpoints -------------------------------------------------------------------------------------

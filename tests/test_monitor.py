@@ -12,7 +12,8 @@ import hf_lowprec
 from hf_lowprec.conversion import session_of
 from hf_lowprec.monitor import per_layer, statistics
 from hf_lowprec.ops import quant_key, quantize
-from hf_lowprec.recipe import PRESETS, Quant, Scaling
+from hf_lowprec.presets import PRESETS
+from hf_lowprec.recipe import Quant, Scaling
 
 STATIC = quant_key(Quant(format="e4m3fn", scaling=Scaling(method="static")))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from hf_lowprec import numerics
 from hf_lowprec.ops import kernel_counts, parse_quant, quant_key, quantize, scaled_mm
 from hf_lowprec.ops.quantize import storage_dtype
-from hf_lowprec.recipe import PRESETS, Quant, Rounding, Scaling
+from hf_lowprec.presets import PRESETS
+from hf_lowprec.recipe import Quant, Rounding, Scaling
 
 QUANTS = {
     "current exact": Quant(format="e4m3fn"),

@@ -12,23 +12,8 @@ import pytest
 import yaml
 
 from hf_lowprec.formats import get_format
-from hf_lowprec.recipe import (
-    ALIASES,
-    DECOUPLING,
-    FP8_LM_STATES,
-    PLANNED,
-    PRESETS,
-    Gemm,
-    Quant,
-    Recipe,
-    RecipeError,
-    Residual,
-    Rounding,
-    Scaling,
-    States,
-    get_recipe,
-    known_names,
-)
+from hf_lowprec.presets import ALIASES, DECOUPLING, FP8_LM_STATES, PLANNED, PRESETS, get_recipe, known_names
+from hf_lowprec.recipe import Gemm, Quant, Recipe, RecipeError, Residual, Rounding, Scaling, States
 
 BLOCK = {"granularity": "block", "block": [32], "snap": "rceil", "store": "e8m0"}
 MINE: dict[str, Any] = {

@@ -28,7 +28,7 @@ import hf_lowprec
 from hf_lowprec import optim
 from hf_lowprec.conversion import session_of
 from hf_lowprec.formats import get_format
-from hf_lowprec.recipe import PRESETS
+from hf_lowprec.presets import PRESETS
 from hf_lowprec.stepping import STATE_KEY, attach_optimizer, carry_state
 
 

@@ -177,7 +177,7 @@ def patch_trainer(module: Any) -> None:
         if accelerator is not None and _active(accelerator):
             from hf_lowprec.integrations.accelerate_prepare import meet_trainer
 
-            meet_trainer(accelerator, self.model, data_parallel=self.args.n_gpu > 1)
+            meet_trainer(accelerator, self.model, self.args)
 
     @functools.wraps(create)
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -39,7 +39,8 @@ def read_recipe(text: str, said_by: str | None = None) -> tuple[str, Recipe]:
     said_by: the variable or file that `text` comes from, where the reader of an error may not know of it.
     Raises RecipeError: unknown name (with the nearest ones), planned name, bad file.
     """
-    from hf_lowprec.recipe import RecipeError, get_recipe
+    from hf_lowprec.presets import get_recipe
+    from hf_lowprec.recipe import RecipeError
 
     try:
         recipe = get_recipe(text)

@@ -30,6 +30,7 @@ from hf_lowprec.conversion import (
     recipe_of,
     report_of,
 )
+from hf_lowprec.integrations.switches import SWITCHES, Switches, settle
 from hf_lowprec.recipe import Recipe, RecipeError
 from hf_lowprec.session import live_sessions, session_of
 from hf_lowprec.stepping import attach_optimizer, carry_state
@@ -115,6 +116,14 @@ def _request(accelerator: Any, model: nn.Module) -> Recipe | None:
     return marked or asked or recipe_of(_unwrap(model))
 
 
+def _switches(accelerator: Any, model: nn.Module) -> Switches:
+    """What the Trainer's arguments and LowPrecConfig said about `model`; the arguments win."""
+    said: Switches = getattr(accelerator, SWITCHES, Switches())
+    for module in (_unwrap(model), _base(model)):
+        said = said.over(getattr(module, SWITCHES, Switches()))
+    return said
+
+
 def _is_twin(model: nn.Module, policy: nn.Module) -> bool:
     """Same class and same origin: `name_or_path` of the configs or, where one has none, all parameters' shapes."""
     a, b = _base(model), _base(policy)
@@ -159,7 +168,9 @@ def _meet(accelerator: Any, model: nn.Module, *, trained: bool) -> None:
         if recipe is None:
             return
         _check_supported(accelerator, model, recipe)
-        convert(inner, recipe)
+        switches = _switches(accelerator, model)
+        convert(inner, recipe, fuse=switches.fuse)
+        settle(inner, switches, accelerator.device, engine=_engine(accelerator))
         _add(ledger.policies, inner)
     else:
         _add(ledger.evaluated, inner)
@@ -181,7 +192,8 @@ def _settle_twins(accelerator: Any) -> None:
         name = type(_base(model)).__name__
         policy, recipe = next(((p, r) for p, r in recipes if _is_twin(model, p)), (None, None))
         if policy is not None and recipe is not None:
-            convert(model, recipe, module_filter_fn=_same_modules(policy))
+            fuse = _switches(accelerator, policy).fuse
+            convert(model, recipe, module_filter_fn=_same_modules(policy), fuse=fuse)
             _say(accelerator, model, f"reference model {name} converted like the trained one")
         elif recipe_of(model) is None:
             _say(accelerator, model, f"{name}, evaluated only and no copy of the trained model, is left as it is")
@@ -352,8 +364,10 @@ def before_prepare_model(accelerator: Any, model: nn.Module, evaluation_mode: bo
     _summarise(accelerator)
 
 
-def meet_trainer(accelerator: Any, model: nn.Module, *, data_parallel: bool) -> None:
-    """A Trainer has been made: `model` is what it trains."""
+def meet_trainer(accelerator: Any, model: nn.Module, args: Any) -> None:
+    """A Trainer has been made: `model` is what it trains, by its TrainingArguments."""
+    data_parallel = args.n_gpu > 1
+    setattr(accelerator, SWITCHES, Switches(*(getattr(args, f"lowprec_{name}", None) for name in Switches._fields)))
     if data_parallel and _request(accelerator, model) is not None:
         raise ConversionError(NO_DATA_PARALLEL)
     _add(_ledger(accelerator).trained, _unwrap(model))

@@ -20,7 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowprec import _autoload
 from hf_lowprec.conversion import convert
-from hf_lowprec.recipe import Recipe, get_recipe
+from hf_lowprec.integrations.switches import SWITCHES, Switches, settle
+from hf_lowprec.presets import get_recipe
+from hf_lowprec.recipe import Recipe
 
 _METHOD = "hf_lowprec"
 
@@ -31,6 +33,7 @@ class LowPrecConfig(QuantizationConfigMixin):
 
     recipe: a preset's name, a recipe file, a dict, or a Recipe.
     modules_to_not_convert: names or regular expressions of modules to leave alone, added to the defaults.
+    fuse, attention, liger: what comes with a recipe (integrations/switches.py); None follows the environment.
 
     Raises RecipeError for an unknown or malformed recipe.
     """
@@ -39,6 +42,9 @@ class LowPrecConfig(QuantizationConfigMixin):
         self,
         recipe: str | Path | dict[str, Any] | Recipe,
         modules_to_not_convert: Sequence[str] | str | None = None,
+        fuse: bool | None = None,
+        attention: bool | None = None,
+        liger: bool | None = None,
         quant_method: str = _METHOD,
     ) -> None:
         if quant_method != _METHOD:
@@ -48,6 +54,7 @@ class LowPrecConfig(QuantizationConfigMixin):
         if isinstance(modules_to_not_convert, str):
             modules_to_not_convert = [modules_to_not_convert]
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.fuse, self.attention, self.liger = fuse, attention, liger
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `LowPrecConfig.from_dict` reads it back equal."""
@@ -55,6 +62,9 @@ class LowPrecConfig(QuantizationConfigMixin):
             "quant_method": _METHOD,
             "recipe": self.recipe.to_dict(),
             "modules_to_not_convert": self.modules_to_not_convert,
+            "fuse": self.fuse,
+            "attention": self.attention,
+            "liger": self.liger,
         }
 
     def __eq__(self, other: object) -> bool:
@@ -73,8 +83,11 @@ class LowPrecQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._detach(model)
         config = self.quantization_config
-        convert(model, config.recipe, modules_to_not_convert=config.modules_to_not_convert)
+        switches = Switches(config.fuse, config.attention, config.liger)
+        convert(model, config.recipe, modules_to_not_convert=config.modules_to_not_convert, fuse=config.fuse)
+        settle(model, switches, model.device)
         model._hf_lowprec_request = config.recipe  # Accelerator.prepare attaches the optimizer of a marked model
+        setattr(model, SWITCHES, switches)  # ... and settles what depends on the device that it trains on
         return model
 
     def _detach(self, model: PreTrainedModel) -> None:

@@ -28,7 +28,8 @@ from hf_lowprec import _autoload, optim
 from hf_lowprec.conversion import recipe_of
 from hf_lowprec.integrations import trainer_optim
 from hf_lowprec.monitor import statistics
-from hf_lowprec.recipe import Recipe, RecipeError, get_recipe
+from hf_lowprec.presets import get_recipe
+from hf_lowprec.recipe import Recipe, RecipeError
 
 _MARK = "_hf_lowprec_request"  # read by Accelerator.prepare
 
@@ -41,6 +42,7 @@ class LowPrecArguments:
         No Recipe and no dict, since arguments are saved as text in every checkpoint; LowPrecCallback takes those.
     lowprec_optim: an optimizer with low-precision states: `8bit`, `fp8-lm`, ... (AdamW), `stable_adamw:8bit`,
         `lion:8bit`, ..., or `paged-8bit` (bitsandbytes). With a recipe it replaces the states that the recipe names.
+    lowprec_fuse, lowprec_attention, lowprec_liger: what comes with a recipe (integrations/switches.py).
     bf16: None follows the recipe's base precision, so that an explicit False can be told from the default.
 
     Raises RecipeError for an unknown recipe or another type, and ValueError where `bf16`/`fp16` contradict the
@@ -56,6 +58,21 @@ class LowPrecArguments:
         metadata={
             "help": "Optimizer with low-precision states: 8bit, 4bit, fp8, fp8-lm, compact, ... (AdamW), or "
             "stable_adamw:8bit, adam:8bit, lion:8bit, sgd:8bit; paged-8bit for bitsandbytes' paged AdamW."
+        },
+    )
+    lowprec_fuse: bool | None = field(
+        default=None,
+        metadata={"help": "Fused norms, gated MLPs and shared inputs; unset, HF_LOWPREC_FUSE decides (on)."},
+    )
+    lowprec_attention: bool | None = field(
+        default=None,
+        metadata={"help": "Keep sdpa off cuDNN where that is wrong; unset, HF_LOWPREC_ATTENTION decides (on)."},
+    )
+    lowprec_liger: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Output embedding and loss fused by liger-kernel, without storing the logits of training "
+            "steps; unset, HF_LOWPREC_LIGER decides (off)."
         },
     )
     # `bool`, not `bool | None`: HfArgumentParser then takes a bare `--bf16`.
@@ -184,6 +201,8 @@ class LowPrecMonitorCallback(TrainerCallback):
             _verify(get_recipe(asked), model, args)
         if getattr(args, "lowprec_optim", None) is not None:
             trainer_optim.verify(args, kwargs.get("optimizer"))
+        if getattr(args, "lowprec_liger", None) and recipe_of(model) is None:
+            raise RuntimeError("lowprec_liger=True comes with a recipe, and this model was converted with none")
 
     def on_log(
         self,

@@ -6,31 +6,39 @@ Triton is imported by the first call on a CUDA tensor, not before: CPU-only mach
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-from torch import Tensor
-
-from hf_lowprec.ops.registry import LIBRARY
-
-
-def _quantize(*args: Any) -> tuple[Tensor, Tensor]:
-    from hf_lowprec.kernels.quantize import quantize
-
-    return quantize(*args)
+import hf_lowprec.ops.glu
+import hf_lowprec.ops.norm  # noqa: F401  (the schemas)
+from hf_lowprec.ops.registry import CUDA_KERNELS, LIBRARY
 
 
-def _current_scale(*args: Any) -> Tensor:
-    from hf_lowprec.kernels.quantize import current_scale
+def _register(operator: str, module: str, behind_operator: str | None = None) -> None:
+    """Implement `operator` by the function of that name in `module`, for calls through the dispatcher and without it.
 
-    return current_scale(*args)
+    behind_operator: what the dispatcher calls instead, where it asks for more.
+    """
+
+    def first_call(*args: Any) -> Any:
+        CUDA_KERNELS[operator] = kernel = getattr(import_module(f"hf_lowprec.kernels.{module}"), operator)
+        return kernel(*args)
+
+    def dispatched(*args: Any) -> Any:
+        if behind_operator is None:
+            return CUDA_KERNELS[operator](*args)
+        return getattr(import_module(f"hf_lowprec.kernels.{module}"), behind_operator)(*args)
+
+    CUDA_KERNELS[operator] = first_call
+    LIBRARY.impl(operator, dispatched, "CUDA")
 
 
-def _scaled_mm(*args: Any) -> Tensor:
-    from hf_lowprec.kernels.scaled_mm import scaled_mm
-
-    return scaled_mm(*args)
-
-
-LIBRARY.impl("quantize", _quantize, "CUDA")
-LIBRARY.impl("current_scale", _current_scale, "CUDA")
-LIBRARY.impl("scaled_mm", _scaled_mm, "CUDA")
+_register("quantize", "quantize", "quantize_operator")
+_register("cast_transpose", "quantize", "cast_transpose_operator")
+_register("transposed", "quantize")
+_register("current_scale", "quantize")
+_register("scaled_mm", "scaled_mm")
+_register("norm", "norm")
+_register("norm_backward", "norm")
+_register("glu", "glu")
+_register("glu_backward", "glu")

@@ -2,11 +2,10 @@
 """Tables by which one look-up finds the code of a float32 in a codebook; standard library only.
 
 The bits of a positive float32 are ordered like the numbers. Cut off their lowest digits, and what remains numbers the
-cells of a table; fine cells above a border, coarse ones below, so that no cell holds more than one of the boundaries
-at which the nearest code changes. A cell's entry, added to the bits of x, carries into the code above from the
-boundary on; the code ends up in the top byte:
+cells of a table, so small that none holds more than one of the boundaries at which the nearest code changes. A cell's
+entry, added to the bits of x, carries into the code above from the boundary on; the code ends up in the top byte:
 
-    number = max((bits >> high) - high_base, (bits >> low) - low_base)
+    number = (bits >> low) - base
     code   = (entries[number] + bits) >> low            modulo 2^32
     entry  = code at the cell's start << low, minus the bits' own high part, plus 2^low - (boundary - high part)
 """
@@ -28,10 +27,8 @@ class Cells(NamedTuple):
     """first: start of the first cell; least: the least x (negative) that has not the lowest code; see the module."""
 
     first: float
-    high: int
     low: int
-    high_base: int
-    low_base: int
+    base: int
     least: float
     entries: tuple[int, ...]
 
@@ -60,24 +57,20 @@ def dynamic_cells(signed: bool, decades: int = 7) -> Cells:
         positive = positive[1:]
     least = bits_float(positive[-1] - 1)
     fine = 23 - (decades if signed is False else decades - 1)  # the top decade has 2^decades values, half of it signed
-    return _cells(positive, 0 if signed else 1, fine, fine + 2, float_bits(0.0625), -least if signed else 0.0)
+    return _cells(positive, 0 if signed else 1, fine, -least if signed else 0.0)
 
 
-def _cells(boundaries: list[int], code: int, high: int, low: int, border: int, least: float) -> Cells:
+def _cells(boundaries: list[int], code: int, low: int, least: float) -> Cells:
     """boundaries: bits, ascending; code: that of everything below the first. Raises ValueError: a cell with two."""
     start = (boundaries[0] - 1) >> low << low
-    low_base = start >> low
-    high_base = (border >> high) - ((border >> low) - low_base)
-    edges = [*range(start, border, 1 << low), *range(border, float_bits(_END) + 1, 1 << high)]
     entries = []
-    for begin, end in pairwise(edges):
+    for begin, end in pairwise(range(start, float_bits(_END) + 1, 1 << low)):
         before, after = bisect_right(boundaries, begin), bisect_right(boundaries, end - 1)
         if after - before > 1:
             raise ValueError(f"{after - before} boundaries between {bits_float(begin)} and {bits_float(end)}")
-        own = begin >> low << low
-        carry = (1 << low) - (boundaries[before] - own) if after > before else 0
-        entries.append(((code + before << low) - own + carry << 24 - low) & 0xFFFFFFFF)
-    return Cells(bits_float(start), high, low, high_base, low_base, least, tuple(entries))
+        carry = (1 << low) - (boundaries[before] - begin) if after > before else 0
+        entries.append(((code + before << low) - begin + carry << 24 - low) & 0xFFFFFFFF)
+    return Cells(bits_float(start), low, start >> low, least, tuple(entries))
 
 
 def signed32(words: tuple[int, ...]) -> list[int]:

@@ -5,7 +5,7 @@
 again only where something has changed: rows when an address did, gradients' addresses when one did, hyperparameters
 when one did. Copies come from pinned memory and nobody waits for them. A step is then at most
 
-    amax (if the step looks at all gradients first) + prepare + one launch per kind of tensor
+    amax (if the step looks at all gradients first) + prepare + one launch per kind of tensor (+ mu of the gradients)
 
 Kinds differ in dtypes and states; a tensor whose addresses are not aligned, and the last few elements of one whose
 length is no multiple of 8, are a kind of their own, that loads element by element.
@@ -14,7 +14,6 @@ length is no multiple of 8, are a kind of their own, that loads element by eleme
 from __future__ import annotations
 
 import struct
-from array import array
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,134 +23,33 @@ from torch import Tensor
 
 from hf_lowprec.codebooks import dynamic_tree
 from hf_lowprec.kernels.cells import dynamic_cells, signed32
+from hf_lowprec.kernels.kinds import CHUNK, FORMAT_NUMBERS, Kind, config_of
+from hf_lowprec.kernels.kinds import kind_of as kind_of
+from hf_lowprec.kernels.launch import Bound, Launch, launch_all
+from hf_lowprec.kernels.mirror import Mirror, capturing, int64
+from hf_lowprec.kernels.wires import (
+    AMAX,
+    AMAX_TILE,
+    AMAX_WARPS,
+    SEEN,
+    Wire,
+    native,
+    observation,
+    wire_numbers,
+)
+from hf_lowprec.kernels.wires import carries as carries
 from hf_lowprec.numerics.compand import softsign_inverse
-from hf_lowprec.recipe import NONE, Quant, Residual, Rounding, Scaling
 
-_SR = Rounding(mode="stochastic")
-
-
-def _blocks(size: int, half: bool = False) -> Scaling:
-    return Scaling(granularity="block", block=(size,), store="bfloat16" if half else "float32")
-
-
-_PREDICTED = Scaling(method="predicted", snap="rceil")
-_BF16 = Quant(format="e8m7", scaling=NONE, rounding=_SR)
-# Codecs of `triton/codecs.py` and the size of their blocks, 0 for none.
-_FIRST: dict[Quant, tuple[str, int]] = {
-    _BF16: ("bf16", 0),
-    Quant(format="dynamic8", scaling=_blocks(256)): ("dynamic8", 256),
-    Quant(format="dynamic4", scaling=_blocks(128)): ("dynamic4", 128),
-    Quant(format="e4m3fn", scaling=_blocks(128)): ("e4m3", 128),
-    Quant(format="e0m7", scaling=_blocks(32, half=True), compand="softsign"): ("softsign8", 32),
-    Quant(format="e4m3fn", scaling=_PREDICTED, rounding=_SR): ("e4m3p", 0),
-}
-_SECOND: dict[Quant, tuple[str, int]] = {
-    _BF16: ("bf16", 0),
-    Quant(format="dynamic8u", scaling=_blocks(256), nonzero=True): ("dynamic8u", 256),
-    Quant(format="e3m1normal0u", scaling=_blocks(128), rounding=_SR, nonzero=True): ("e3m1u", 128),
-    Quant(format="e4m3fn", scaling=_blocks(128), rounding=_SR, nonzero=True): ("e4m3n", 128),
-    Quant(format="e0m8u", scaling=_blocks(32, half=True), rounding=_SR, compand="sqrt", nonzero=True): ("sqrt8", 32),
-    Quant(format="e5m10", scaling=_PREDICTED, nonzero=True): ("fp16p", 0),
-}
-_MASTER: dict[Quant | Residual | str, str] = {
-    "float32": "fp32",
-    Quant(format="e5m10", scaling=Scaling(method="predicted", snap="rceil", margin=4), rounding=_SR): "fp16p",
-    Residual(bits=8): "residual8",
-    Residual(bits=8, rounding=_SR): "residual8s",
-    Residual(bits=16): "residual16",
-}
-_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_FORMAT_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PLAIN_BLOCK = 256
-
-CHUNK = 16384
-_AMAX_TILE, _AMAX_WARPS = 2048, 8
 _PREPARED, _PREPARED_WARPS = 64, 2  # tensors per program of `prepare_kernel`
-COLUMNS, GROUP_COLUMNS, SCALARS = 16, 16, 32
-
-
-class Config(NamedTuple):
-    """How a kind is launched: elements per tile, warps, pipeline stages of loads, registers (None: as it comes)."""
-
-    tile: int
-    warps: int
-    stages: int
-    registers: int | None
-
-    @property
-    def options(self) -> dict[str, int]:
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, **limit}
-
-
-# Measured on an H100, ms per 1e9 bfloat16 parameters of `8bit` and `compact` (nonfinite="element"): 72 registers 5.8
-# and 7.4, 80: 5.8 and 7.9, no limit 6.0 and 7.1; 256 threads and tiles of 2048: 6.3 and 8.2; two stages: 6.5 and 9.3;
-# chunks of 8192: 6.4 and 7.6. The other kinds were not tuned.
-_PLAIN = Config(1024, 4, 1, None)
-_LOOKING_UP = Config(1024, 4, 1, 80)  # six programs on a multiprocessor hide each other's barriers
-FORCED: Config | None = None  # for measurements
-
-
-def config_of(kind: Kind) -> Config:
-    return FORCED or (_LOOKING_UP if "dynamic8" in (kind.first, kind.second) else _PLAIN)
-
-
-class Kind(NamedTuple):
-    """What tensors of one launch have in common, in the words of `step_kernel`."""
-
-    param: str
-    grad: str
-    first: str
-    second: str
-    master: str
-    stochastic: bool
-    block: int
-
-    @property
-    def each(self) -> int:
-        """Elements side by side in a thread, so that the widest of them are 16 bytes."""
-        return 4 if "fp32" in self[:5] else 8
-
-    @property
-    def predicted(self) -> bool:
-        return "e4m3p" in self[2:5] or "fp16p" in self[2:5]
-
-
-def kind_of(
-    algorithm: str,
-    param: torch.dtype,
-    grad: torch.dtype,
-    slots: dict[str, Quant | Residual | str | None],
-    update: Rounding,
-) -> Kind | None:
-    """The kind of a tensor with these slots (`optim.states.layout`), or None: no kernel has it.
-
-    update: rounding of a 16-bit Parameter without master.
-    """
-    moments = [slots[name] for name in slots if name != "master"]
-    first = _codec(_FIRST, moments[0]) if moments else ("none", 0)
-    second = _codec(_SECOND, moments[1]) if len(moments) > 1 else ("none", 0)
-    master = _MASTER.get(slots["master"]) if slots.get("master") is not None else "none"  # type: ignore[arg-type]
-    if param not in _FORMATS or grad not in _FORMATS or first is None or second is None or master is None:
-        return None
-    if update not in (Rounding(), _SR) or (first[1] and second[1] and first[1] != second[1]):
-        return None
-    if algorithm == "sgd" and master == "fp16p" and first[0] not in ("none", "e4m3p"):
-        return None  # the master's bound would need a look at the momentum
-    stochastic = param != torch.float32 and master == "none" and update == _SR
-    block = first[1] or second[1] or _PLAIN_BLOCK
-    return Kind(_FORMATS[param], _FORMATS[grad], first[0], second[0], master, stochastic, block)
-
-
-def _codec(known: dict[Quant, tuple[str, int]], quant: Any) -> tuple[str, int] | None:
-    return ("fp32", 0) if quant is None else known.get(quant)
+_GROUP_COLUMNS, _SCALARS = 16, 32
 
 
 class Row(NamedTuple):
-    """One tensor: its kind and the `T_...` columns of `triton/optimizer.py`, but the last."""
+    """One tensor: its kind, the first `T_...` columns of `triton/columns.py`, and `T_START`."""
 
     kind: Kind
     numbers: tuple[int, ...]
+    start: int = 0
 
 
 _Slot = tuple[Tensor | None, Tensor | None]
@@ -159,16 +57,18 @@ _Slot = tuple[Tensor | None, Tensor | None]
 
 def row(
     kind: Kind, *, param: Tensor, first: _Slot, second: _Slot, master: _Slot, amaxes: Sequence[Tensor | None],
-    step: Tensor, group: int, index: int, grad_dtype: torch.dtype,
+    step: Tensor, group: int, index: int, grad_dtype: torch.dtype, start: int = 0,
 ) -> Row:  # fmt: skip
     """The row of a contiguous Parameter. first, second, master: (codes or values, scale) of the slots, None for what
-    there is not. amaxes: theirs, None where the scale is not predicted."""
+    there is not. amaxes: theirs, None where the scale is not predicted. start: of a shard, the number of its first
+    element in the whole tensor, by which random words go."""
     return Row(
         kind,
         (
             param.data_ptr(), *map(_address, first), *map(_address, second), _address(master[0]), param.numel(),
-            step.data_ptr(), group, index, *map(_address, amaxes), _address(master[1]), _FORMAT_NUMBERS[grad_dtype],
+            step.data_ptr(), group, index, *map(_address, amaxes), _address(master[1]), FORMAT_NUMBERS[grad_dtype],
         ),
+        start,
     )  # fmt: skip
 
 
@@ -194,7 +94,7 @@ def group_numbers(
         lr_word = _double_bits(lr)
     doubles = [_double_bits(value) for value in (*betas, eps, decay)]
     row = [lr_word, kind, *doubles, int(coupled), int(maximize), int(nesterov), _double_bits(ratio)]
-    return (*row, *[0] * (GROUP_COLUMNS - len(row)))
+    return (*row, *[0] * (_GROUP_COLUMNS - len(row)))
 
 
 def _double_bits(value: float) -> int:
@@ -203,81 +103,25 @@ def _double_bits(value: float) -> int:
 
 
 @cache
-def look_up_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(values of codes float32, cells int32), laid out as `triton/codecs.py` expects them.
+def look_up_tables(device: torch.device) -> Tensor:
+    """int32 words, laid out as `triton/codecs.py` expects them: values of codes (float32), behind them the cells.
 
-    values: dynamic8 at 0, dynamic8u at 256, dynamic4 at 512, softsign8 (by the byte) at 768. cells: of the same trees
-    at 0, 1024 and 3072.
+    dynamic8 at 0, dynamic8u at 1792, dynamic4 at 4992, the values of softsign8 (by the byte) at 5120.
     """
-    trees = torch.tensor([*dynamic_tree(True), *dynamic_tree(False), *dynamic_tree(True, 3), *[0.0] * 240])
+    words: list[Tensor] = []
+    for signed, decades, values, size in ((True, 7, 256, 1792), (False, 7, 256, 3200), (True, 3, 16, 128)):
+        tree = torch.tensor(dynamic_tree(signed, decades), dtype=torch.float32).view(torch.int32)
+        cells = signed32(dynamic_cells(signed, decades).entries)
+        rest = torch.zeros(size - values - len(cells), dtype=torch.int32)
+        words += [tree, torch.tensor(cells, dtype=torch.int32), rest]
     z = torch.arange(256, dtype=torch.uint8).view(torch.int8).float() * (1 / 127)
-    entries = []
-    for signed, decades, size in ((True, 7, 1024), (False, 7, 2048), (True, 3, 32)):
-        found = signed32(dynamic_cells(signed, decades).entries)
-        entries += [*found, *[0] * (size - len(found))]
-    cells = torch.tensor(entries, dtype=torch.int32)
-    return torch.cat([trees, softsign_inverse(z)]).to(device), cells.to(device)
+    return torch.cat([*words, softsign_inverse(z).view(torch.int32)]).to(device)
 
 
-# --- memory that follows the host ------------------------------------------------------------------------------------
-
-
-class _Mirror:
-    """Parts of one int64 tensor on the device, and how they get new contents without anybody waiting.
-
-    A CUDA graph copies at every replay from the pinned memory that it saw when it was captured. That memory is
-    allocated before (during a capture nothing may be), given to the graph for good, and never written again. A graph
-    writes all parts, so that what other steps wrote in between does not concern it.
-    """
-
-    def __init__(self, parts: Sequence[Tensor], device: torch.device) -> None:
-        self._host = torch.cat([part.reshape(-1) for part in parts])
-        self._whole = torch.empty_like(self._host, device=device)
-        self._ends = torch.tensor([0, *(part.numel() for part in parts)]).cumsum(0).tolist()
-        self._pinned = device.type == "cuda"
-        self._spare: Tensor | None = None
-        self._graphs: list[Tensor] = []
-        self._send(0, len(self._host))
-
-    def part(self, number: int) -> Tensor:
-        return self._whole[self._ends[number] : self._ends[number + 1]]
-
-    def write(self, number: int, values: Tensor) -> None:
-        """New contents of one part. While a graph is captured they are only noted, for `capture`."""
-        begin, end = self._ends[number : number + 2]
-        self._host[begin:end] = values.reshape(-1)
-        if not capturing(self._whole.device):
-            self._send(begin, end)
-
-    def ready(self) -> None:
-        """Makes sure that a capture finds memory, and undoes what replays of captured graphs have written here."""
-        if self._graphs:
-            self._send(0, len(self._host))
-        if self._pinned and self._spare is None:
-            self._spare = torch.empty_like(self._host, pin_memory=True)
-
-    def capture(self) -> None:
-        """Has the graph that is being captured write everything. Raises RuntimeError: no memory was made ready."""
-        if self._spare is None:
-            raise RuntimeError("an optimizer step was captured twice without a step between: run one")
-        staged, self._spare = self._spare, None
-        self._graphs.append(staged.copy_(self._host))
-        self._whole.copy_(staged, non_blocking=True)
-
-    def _send(self, begin: int, end: int) -> None:
-        # A fresh pinned block each time: torch gives it out again only after the copy.
-        some = self._host[begin:end]
-        self._whole[begin:end].copy_(some.pin_memory() if self._pinned else some, non_blocking=self._pinned)
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class _Launch(NamedTuple):
+class _Part(NamedTuple):
     kind: Kind
     fast: bool
+    wired: bool
     begin: int
     chunks: int
 
@@ -288,37 +132,61 @@ _CAPTURED: list[tuple[Any, ...]] = []
 
 
 class Tables:
-    """What the kernels know of a list of tensors on one device. Rows and gradients are given in the same order.
+    """What the kernels know of a list of tensors on one device. Rows, gradients and wires are given in the same order.
+
+    wires: how gradients pass through a format on their way into the step; none at all by default. amax: each step
+    notes `weight_amax`.
 
     Raises RuntimeError while a CUDA graph is being captured: run the step once before.
     """
 
     def __init__(
         self, algorithm: str, rows: Sequence[Row], grads: Sequence[int], groups: Sequence[tuple[int, ...]],
-        device: torch.device,
+        device: torch.device, wires: Sequence[Wire | None] = (), amax: bool = False,
     ) -> None:  # fmt: skip
         if capturing(device):
             raise RuntimeError("an optimizer step can be captured after it ran once with the same parameters: run it")
         self.algorithm, self.device = algorithm, device
         self.kinds = [row.kind for row in rows]
         self.predicted = any(kind.predicted for kind in self.kinds)
+        self._wires = list(wires) or [None] * len(rows)
+        self.wired = any(wire is not None for wire in self._wires)
         table = torch.tensor([row.numbers for row in rows], dtype=torch.int64)
         self._numel = table[:, 6]
         self._counts = (self._numel + CHUNK - 1) // CHUNK
         places = self._counts.cumsum(0) - self._counts
-        self._table = torch.cat([table, places[:, None]], 1)
+        numbers = [wire_numbers(*one) for one in zip(self._wires, self._numel.tolist(), strict=True)]
+        self._starts = torch.tensor([row.start for row in rows], dtype=torch.int64)
+        self._table = torch.cat([table, places[:, None], torch.tensor(numbers), self._starts[:, None]], 1)
         self._aligned = ((table[:, [0, 1, 3, 5]] & 15) == 0).all(1)
-        self._arrange(_int64(grads), torch.tensor(groups, dtype=torch.int64))
-        self._amaxes = torch.zeros(len(rows), dtype=torch.int32, device=device)
-        self._scalars = torch.zeros(len(rows), SCALARS, dtype=torch.int32, device=device)
+        self._arrange(int64(grads), torch.tensor(groups, dtype=torch.int64))
+        self._seen = torch.zeros(len(rows), SEEN, dtype=torch.int32, device=device)
+        self._notes_amax = amax
+        self._scalars = torch.zeros(len(rows), _SCALARS, dtype=torch.int32, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         sums = int(self._counts.sum()) if algorithm == "stable_adam" else 0
         self._sums = torch.empty(sums, dtype=torch.float64, device=device)
-        self._values, self._cells = look_up_tables(device)
+        self._look_up = look_up_tables(device)
+
+    @property
+    def weight_amax(self) -> Tensor:
+        """float32 [rows]: the largest finite magnitude in each Parameter after the last step. Overwritten by the next.
+
+        Raises RuntimeError: nobody asked for it.
+        """
+        if not self._notes_amax:
+            raise RuntimeError("these tables do not note the Parameters' amax: make them with amax=True")
+        return self._seen[:, 3].view(torch.float32)
+
+    def _queue(
+        self, launches: list[Launch], kernel: Any, programs: int, arguments: tuple[Tensor | int, ...],
+        **constants: Any,
+    ) -> None:  # fmt: skip
+        launches.append(Launch(Bound.of(kernel, self.device, **constants), programs, arguments))
 
     def set_grads(self, grads: Sequence[int]) -> None:
         """New addresses of the gradients."""
-        values = _int64(grads)
+        values = int64(grads)
         if torch.equal((values & 15) == 0, self._grads_aligned):
             self._mirror.write(_GRADS, values)
         else:
@@ -337,7 +205,7 @@ class Tables:
         self._grads_aligned = (grads & 15) == 0
         aligned = self._aligned & self._grads_aligned
         parts: list[Tensor] = [torch.zeros(0, 2, dtype=torch.int64)]
-        self._launches: list[_Launch] = []
+        self._launches: list[_Part] = []
         begin = 0
         for kind in dict.fromkeys(self.kinds):
             members = torch.tensor([i for i, other in enumerate(self.kinds) if other == kind])
@@ -345,82 +213,92 @@ class Tables:
             tensor = members.repeat_interleave(counts)
             number = torch.arange(len(tensor)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
             ragged = (number == self._counts[tensor] - 1) & (self._numel[tensor] % 8 != 0)
-            fast = aligned[tensor] & ~ragged
+            fast = aligned[tensor] & ~ragged & (self._starts[tensor] % config_of(kind).tile == 0)
             for careful, chosen in ((0, fast), (1, ~fast)):
                 if count := int(chosen.sum()):
                     parts.append(torch.stack([tensor[chosen] * 2 + careful, number[chosen]], 1))
                     if count % 2:  # every launch's part begins at 16 bytes; a chunk behind the last one is empty
                         some = parts[-1][-1, 0]
                         parts.append(torch.stack([some, self._counts[some >> 1]])[None])
-                    self._launches.append(_Launch(kind, not careful, begin, count))
+                    wired = any(self._wires[i] is not None for i in members.tolist())
+                    self._launches.append(_Part(kind, not careful, wired, begin, count))
                     begin += count + count % 2
         chunks = torch.cat(parts).to(torch.int32).view(-1).view(torch.int64)
-        self._mirror = _Mirror([self._table, grads, groups, chunks], self.device)
+        self._mirror = Mirror([self._table, grads, groups, chunks], self.device)
+        self._parts = tuple(self._mirror.part(number) for number in (_TABLE, _GRADS, _GROUPS))
+        self._chunks = self._mirror.part(_CHUNKS).view(torch.int32).view(-1, 2)
+        self._parts_of = [self._chunks[launch.begin :] for launch in self._launches]
 
     # --- a step --------------------------------------------------------------------------------------------------
 
     def step(
         self, *, clip: Tensor | None, finite: Tensor | None, elementwise: bool, coupled: bool, quick: bool,
-        skipped_steps: Tensor, skipped_elements: Tensor,
+        skipped_steps: Tensor, skipped_elements: Tensor, amaxes: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Runs the kernels and returns whether the step was finite, 0-d bool.
 
         clip: float32 0-d. finite: 0-d bool that decides; None: the gradients do (or only `clip`, if `elementwise`),
         and a step that is skipped is counted. coupled: whether the decay of any group joins the gradient. quick: see
-        `triton/roots.py`.
+        `root_and_quotient`. amaxes: float32 [rows], of gradients that other ranks have parts of; with `finite` only.
         """
         from hf_lowprec.kernels.triton import optimizer as kernels
+        from hf_lowprec.kernels.triton import prepare
 
         if capturing(self.device):
             self._mirror.capture()
             _CAPTURED.append((self._mirror, *vars(self).values()))
         else:
             self._mirror.ready()
-        table, grads, groups = (self._mirror.part(number) for number in (_TABLE, _GRADS, _GROUPS))
-        chunks = self._mirror.part(_CHUNKS).view(torch.int32).view(-1, 2)
-        tensors = len(self.kinds)
+        launches: list[Launch] = []
+        table, grads, groups = self._parts
+        tensors, seen = len(self.kinds), self._seen
         look = 0 if finite is not None else 2 if elementwise else 1
-        amax = (look == 1 or self.predicted) and len(chunks) > 0
-        if amax:
-            self._amaxes.zero_()
-            kernels.amax_kernel[(len(chunks),)](
-                chunks, table, grads, self._amaxes, CHUNK=CHUNK, TILE=_AMAX_TILE, num_warps=_AMAX_WARPS
-            )
+        amax = (look == 1 or self.predicted or self.wired) and len(self._chunks) > 0
+        if amax or self._notes_amax:
+            seen.zero_()
+        if amaxes is not None:
+            seen[:, AMAX] = amaxes.view(torch.int32)
+        elif amax:
+            self._queue(
+                launches, prepare.amax_kernel, len(self._chunks), (self._chunks, table, grads, seen),
+                WIRED=self.wired, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
+            )  # fmt: skip
         flag = self._finite.view(torch.uint8)
-        kernels.prepare_kernel[(-(-tensors // _PREPARED),)](
-            table, groups, self._amaxes, self._scalars, flag if finite is None else finite.view(torch.uint8),
-            self._scalars if clip is None else clip, flag, skipped_steps, tensors,
-            ALGORITHM=self.algorithm, LOOK=look, CLIP=clip is not None, PREDICTED=self.predicted,
+        self._queue(
+            launches, prepare.prepare_kernel, -(-tensors // _PREPARED),
+            (table, groups, seen, self._scalars, flag if finite is None else finite.view(torch.uint8),
+             self._scalars if clip is None else clip, flag, skipped_steps, tensors),
+            ALGORITHM=self.algorithm, LOOK=look, CLIP=clip is not None, PREDICTED=self.predicted, WIRED=self.wired,
             FIRST_STREAM=5 if self.algorithm == "sgd" else 0, BLOCK=_PREPARED, num_warps=_PREPARED_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
+        fast_cast = native(self.device)
         if self.algorithm == "stable_adam":
-            for launch in self._launches:
+            for launch, chunks in zip(self._launches, self._parts_of, strict=True):
                 kind, config = launch.kind, config_of(launch.kind)
-                kernels.square_kernel[(launch.chunks,)](
-                    chunks[launch.begin :], table, grads, self._scalars, flag, self._values, self._sums,
-                    GRAD=kind.grad, SECOND=kind.second, ELEMENT=elementwise, FAST=launch.fast, EACH=kind.each,
-                    BLOCK=kind.block, CHUNK=CHUNK, TILE=config.tile, STAGES=config.stages, enable_fp_fusion=False,
-                    **config.options,
+                self._queue(
+                    launches, kernels.square_kernel, launch.chunks,
+                    (chunks, table, grads, self._scalars, flag, self._look_up, self._sums),
+                    GRAD=kind.grad, SECOND=kind.second, ELEMENT=elementwise, WIRED=launch.wired, NATIVE=fast_cast,
+                    FAST=launch.fast, EACH=kind.each, BLOCK=kind.block, CHUNK=CHUNK, TILE=config.tile,
+                    STAGES=config.stages, enable_fp_fusion=False, **config.options,
                 )  # fmt: skip
-            kernels.rate_kernel[(tensors,)](
-                table, groups, self._scalars, flag, self._sums, CHUNK=CHUNK, BLOCK=256, num_warps=1,
-                enable_fp_fusion=False,
+            self._queue(
+                launches, prepare.rate_kernel, tensors, (table, groups, self._scalars, flag, self._sums),
+                CHUNK=CHUNK, BLOCK=256, num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
-        for launch in self._launches:
+        for launch, chunks in zip(self._launches, self._parts_of, strict=True):
             kind, config = launch.kind, config_of(launch.kind)
-            kernels.step_kernel[(launch.chunks,)](
-                chunks[launch.begin :], table, grads, self._scalars, flag, self._values, self._cells, skipped_elements,
+            self._queue(
+                launches, kernels.step_kernel, launch.chunks,
+                (chunks, table, grads, self._scalars, flag, self._look_up, skipped_elements, seen),
                 ALGORITHM=self.algorithm, PARAM=kind.param, GRAD=kind.grad, FIRST=kind.first, SECOND=kind.second,
                 MASTER=kind.master, STOCHASTIC=kind.stochastic, COUPLED=coupled, ELEMENT=elementwise,
-                QUICK=quick, FAST=launch.fast, EACH=kind.each, BLOCK=kind.block, CHUNK=CHUNK, TILE=config.tile,
-                STAGES=config.stages, enable_fp_fusion=False, **config.options,
+                WIRED=launch.wired, NATIVE=fast_cast, AMAX=self._notes_amax, QUICK=quick, FAST=launch.fast,
+                EACH=kind.each, BLOCK=kind.block, CHUNK=CHUNK, TILE=config.tile, STAGES=config.stages,
+                enable_fp_fusion=False, **config.options,
             )  # fmt: skip
+        if self.wired:
+            launches.append(observation(table, seen, tensors, self.device))
+        launch_all(launches, self.device)
         return self._finite
-
-
-def _int64(values: Sequence[int]) -> Tensor:
-    """int64 [n] of Python ints, without a look at each."""
-    if not len(values):
-        return torch.zeros(0, dtype=torch.int64)
-    return torch.frombuffer(array("q", values), dtype=torch.int64)

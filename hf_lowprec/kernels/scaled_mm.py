@@ -35,8 +35,7 @@ def scaled_mm(
 ) -> Tensor:
     if emulate:
         return default_scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
-    formats = parse_quant(a_quant).format, parse_quant(b_quant).format
-    _check(a.device, formats, (a_scale, b_scale))
+    named = _supported(a.device, a_quant, b_quant)
     if not a.numel() or not b.numel():
         out = a.new_zeros((a.shape[0], b.shape[0]), dtype=dtype)
         return out if bias is None else out + bias.to(dtype)
@@ -51,7 +50,7 @@ def scaled_mm(
         out_dtype=dtype,
         use_fast_accum=fast,
     )
-    count(f"_scaled_mm {formats[0]} x {formats[1]}")
+    count(named)
     return out if bias is None or fused else out.add_(bias)
 
 
@@ -62,18 +61,18 @@ def _k_major(x: Tensor) -> Tensor:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _check(device: torch.device, formats: tuple[str, str], scales: tuple[Tensor, Tensor]) -> None:
-    if _capability(device) < (8, 9):
+def _supported(device: torch.device, a_quant: str, b_quant: str) -> str:
+    """The name under which a GEMM of these operands is counted. Raises RuntimeError: this GPU has none."""
+    a, b = parse_quant(a_quant), parse_quant(b_quant)
+    formats = a.format, b.format
+    if torch.cuda.get_device_capability(device) < (8, 9):
         raise RuntimeError(
             f"{torch.cuda.get_device_name(device)} has no FP8 tensor cores (sm_89 or newer needed): convert with "
             "emulate=True to compute the same numbers slowly, or use recipe 'bf16'"
         )
-    supported = set(formats) <= {"e4m3fn", "e5m2"} and formats != ("e5m2", "e5m2")
-    if not supported or any(scale.numel() != 1 for scale in scales):
+    one_scale = all(q.scaling.granularity == "tensor" or q.scaling.method in ("none", "static") for q in (a, b))
+    if not set(formats) <= {"e4m3fn", "e5m2"} or formats == ("e5m2", "e5m2") or not one_scale:
         raise RuntimeError(
             f"no native GEMM for {formats[0]} x {formats[1]} with these scalings: convert with emulate=True"
         )
+    return f"_scaled_mm {formats[0]} x {formats[1]}"

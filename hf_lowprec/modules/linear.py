@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_lowprec.functional import linear
@@ -33,8 +34,26 @@ class LowPrecMixin:
             return super().forward(input)  # type: ignore[misc, no-any-return]
         if state.operands[0].counts.device != input.device:
             state.to(input.device)
-        frozen = state.frozen_weight(self.weight, self.training)
-        return linear(input, self.weight, self.bias, state.spec, *state.operands, frozen)
+        weight = self.weight
+        if torch.compiler.is_compiling():  # what is kept between calls would be a guard or a break
+            return linear(input, weight, self.bias, state.spec, *state.operands)
+        quantized = None
+        if state.shared is not None:
+            observe = torch.is_grad_enabled()
+            quantized = state.shared.quantize(state, input, observe=observe, columns=observe and weight.requires_grad)
+        return linear(
+            input, weight, self.bias, state.spec, *state.operands,
+            ready=state.ready,
+            quantized=quantized,
+            quantized_weight=state.weight_cache.get(
+                weight, state.spec, state.operands[1], ready=state.ready[1], training=self.training
+            ),
+        )  # fmt: skip
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            self._lowprec.weight_cache.drop()
+        return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)  # type: ignore[misc]

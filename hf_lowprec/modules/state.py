@@ -8,8 +8,9 @@ every rank's values with rank 0's, and `model.half()` would cast it. It travels 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,12 @@ from torch import Tensor
 
 from hf_lowprec import numerics
 from hf_lowprec.formats import get_format
-from hf_lowprec.functional import LinearSpec, OperandState, quantize_weight
+from hf_lowprec.functional import LinearSpec, OperandState
+from hf_lowprec.modules.weight_cache import WeightCache
 from hf_lowprec.recipe import Quant, Recipe, Scaling
+
+if TYPE_CHECKING:
+    from hf_lowprec.modules.sharing import SharedInput
 
 ROLES = ("input", "weight", "grad_output")
 
@@ -43,15 +48,34 @@ def _operand(quant: Quant | None, other: Quant | None, seed: int) -> OperandStat
     )
 
 
-@dataclass
+class ProducedOperand(NamedTuple):
+    """What a kernel that quantises its own output needs to know of the layer that reads it.
+
+    quant: the policy (`ops.parse_quant`).
+    state: scale to use, amax to raise and counts to increase as `ops.quantize` does.
+    ready: delayed scaling: the host knows that the scale is not 0. Without it the layer has to quantise by itself.
+    """
+
+    quant: str
+    state: OperandState
+    ready: bool
+
+
+@dataclass(eq=False)
 class LayerState:
-    """State of one converted linear: what `functional.linear` needs besides the Parameters."""
+    """State of one converted linear: what `functional.linear` needs besides the Parameters.
+
+    ready: of each operand, whether the host knows that its delayed scale is not 0; then no pass for the amax is needed
+        before a cast. Found out without waiting for the device (`ScalingState.roll`).
+    shared: the layers that read the same input, and what they or its producer have quantised (`modules.sharing`).
+    """
 
     spec: LinearSpec
     operands: tuple[OperandState, OperandState, OperandState]
     enabled: bool = True
-    frozen: tuple[Tensor, Tensor] | None = None
-    _frozen_key: tuple[int, int] = (0, -1)
+    ready: tuple[bool, bool, bool] = (False, False, False)
+    weight_cache: WeightCache = field(default_factory=WeightCache)
+    shared: SharedInput | None = None
 
     @classmethod
     def create(cls, recipe: Recipe, index: int, *, weight_is_kn: bool, emulate: bool) -> LayerState:
@@ -59,36 +83,24 @@ class LayerState:
         second = {"input": recipe.wgrad.input, "weight": recipe.dgrad.weight, "grad_output": recipe.wgrad.grad_output}
         operands = tuple(_operand(first[r], second[r], seed=(3 * index + i) << 32) for i, r in enumerate(ROLES))
         spec = LinearSpec.from_recipe(recipe, weight_is_kn=weight_is_kn, emulate=emulate)
-        return cls(spec=spec, operands=operands)  # type: ignore[arg-type]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy starts without the cache, which a pickle could not hold (float8) and which belongs to one weight.
-        return {**self.__dict__, "frozen": None}
+        cache = WeightCache(getattr(recipe, "weight_cache", "both"))
+        return cls(spec=spec, operands=operands, weight_cache=cache)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> None:
         self.operands = tuple(  # type: ignore[assignment]
             OperandState(*(None if t is None else t.to(device) for t in operand))  # type: ignore[arg-type]
             for operand in self.operands
         )
-        self.frozen = None
+        self.weight_cache.drop()
+        if self.shared is not None:
+            self.shared.set_operand(self.operands[0])
+            self.shared.drop()
 
-    def frozen_weight(self, weight: Tensor, training: bool) -> tuple[Tensor, Tensor] | None:
-        """The low-precision copy of a weight that does not train, made once per optimizer step, or None.
-
-        Only for float32 weights: there the copy (1 byte) replaces the bf16 copy (2 bytes) that autocast would hold for
-        backward. Beside a bf16 weight it would add a byte per parameter, and LoRA's peak would exceed bf16 LoRA's.
-        Only in training mode with gradients on, where every optimizer step drops it: merging adapters and loading
-        weights write `.data`, which raises no `_version`.
-        """
-        trains = weight.requires_grad or self.spec.fprop_weight is None
-        if trains or weight.dtype != torch.float32 or not training:
+    def input_operand(self) -> ProducedOperand | None:
+        """For producers of the input (`sharing.hand_over`); None: nothing can be handed over."""
+        if not self.enabled or not self.spec.shared_input or self.spec.fprop_input is None:
             return None
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        key = (weight.data_ptr(), weight._version)
-        if self.frozen is None or key != self._frozen_key:
-            self.frozen, self._frozen_key = quantize_weight(weight, self.spec, self.operands[1]), key
-        return self.frozen
+        return ProducedOperand(self.spec.fprop_input, self.operands[0], self.ready[0])
 
 
 @dataclass
@@ -99,6 +111,10 @@ class ScalingState:
     layers: dict[str, LayerState]
     distributed: bool = False
     history: dict[str, Tensor] = field(default_factory=dict)
+    _news: dict[str, tuple[torch.cuda.Event, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_news": {}}  # an event cannot be copied
 
     def __post_init__(self) -> None:
         for role, scaling in self._delayed().items():
@@ -119,7 +135,7 @@ class ScalingState:
             operands = self.operands(role)
             amaxes, scales = [_not_none(o.amax) for o in operands], [_not_none(o.scale) for o in operands]
             home = amaxes[0].device
-            history = self.history[role] = self.history[role].to(home)
+            history = self.history[role] = self.history[role].to(home, non_blocking=True)
             amax = torch.stack([a.to(home, non_blocking=True) for a in amaxes])
             if self.distributed and scaling.group == "data_parallel":
                 dist.all_reduce(amax, dist.ReduceOp.MAX)
@@ -129,11 +145,47 @@ class ScalingState:
             numerics.delayed_update(history, scale, torch.full_like(scale, fmt.max), scaling)
             torch._foreach_copy_(scales, list(scale.unbind()), non_blocking=True)
             torch._foreach_zero_(amaxes)
+            self._look_for_scales(role, scale)
+        seeds: dict[int, Tensor] = {}
         for layer in self.layers.values():
-            layer.frozen = None
-            for operand in layer.operands:
-                if operand.seed is not None:
-                    operand.seed.add_(1)
+            layer.weight_cache.close_step()
+            if layer.shared is not None:
+                layer.shared.drop()
+            seeds.update({id(o.seed): o.seed for o in layer.operands if o.seed is not None})  # shared ones once
+        for seed in seeds.values():
+            seed.add_(1)
+
+    def drop_weights(self) -> None:
+        """Forget all low-precision copies of weights."""
+        for layer in self.layers.values():
+            layer.weight_cache.drop()
+
+    def _look_for_scales(self, role: str, scale: Tensor) -> None:
+        """Note which layers have a delayed scale by now; of a GPU what an earlier step has sent. Nobody waits.
+
+        A scale that is not 0 never becomes 0 again, so old news are good news.
+        """
+        index = ROLES.index(role)
+        layers = list(self.layers.values())
+        if all(layer.ready[index] for layer in layers):
+            self._news.pop(role, None)
+            return
+        if not scale.is_cuda:
+            _note_ready(layers, index, scale)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        sent = self._news.get(role)
+        if sent is not None:
+            arrived, values = sent
+            if not arrived.query():
+                return
+            _note_ready(layers, index, values)
+        values = torch.empty(scale.shape, dtype=scale.dtype, pin_memory=True)
+        values.copy_(scale, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._news[role] = (arrived, values)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors keyed by layer name, ready for `torch.load(weights_only=True)`."""
@@ -176,7 +228,17 @@ class ScalingState:
                         target.copy_(tensors[key])
                 if role in self.history:
                     self.history[role][i].copy_(tensors["history"])
-            layer.frozen = None
+            layer.ready = (False, False, False)
+            layer.weight_cache.drop()
+            if layer.shared is not None:
+                layer.shared.drop()
+        self._news.clear()
+
+
+def _note_ready(layers: Sequence[LayerState], index: int, scales: Tensor) -> None:
+    for layer, scale in zip(layers, scales.tolist(), strict=True):
+        if scale > 0:
+            layer.ready = (*layer.ready[:index], True, *layer.ready[index + 1 :])  # type: ignore[assignment]
 
 
 def _not_none(tensor: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low precision in plain torch: exact, on every device, and the truth that kernels are tested against."""
 
+from hf_lowprec.numerics.activations import ACTIVATIONS, activation, activation_slope
 from hf_lowprec.numerics.errors import relative_error, saturation_fraction, sqnr, underflow_fraction
 from hf_lowprec.numerics.hashing import counter_hash, seed_keys
 from hf_lowprec.numerics.quantize import ScaledTensor, dequantize, quantize, quantize_dequantize
@@ -18,9 +19,12 @@ from hf_lowprec.numerics.scaling import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "NonFinite",
     "Overflow",
     "ScaledTensor",
+    "activation",
+    "activation_slope",
     "amax_per_group",
     "counter_hash",
     "decode",

@@ -56,14 +56,14 @@ def counter_hash(
     *,
     start: int | Tensor = 0,
     device: torch.device | str | None = None,
-    buffers: tuple[Tensor, Tensor] | None = None,
+    buffers: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One 32-bit word per index; see the module docstring for the formula.
 
     seed: an int of up to 64 bits, or a 0-dim int64 tensor.
     index: an int64 tensor of indices, or a count n for the indices `start` to `start + n - 1` on `device`.
     start: an int, or a 0-dim int64 tensor that has the same high 32 bits as the last index.
-    buffers: int32 [n] twice, for a count: the first is filled and returned, the second overwritten.
+    buffers: int32 [n], for a count: the first is filled and returned, the second overwritten, the third is 0 to n - 1.
 
     Returns: int32 of the shape of `index` (or [n]); its 32 bits are the word.
     """
@@ -84,7 +84,7 @@ def counter_hash(
         if buffers is None:
             h = torch.arange(first, first + index, dtype=torch.int32, device=device)
         else:
-            h, shifted = torch.arange(first, first + index, out=buffers[0]), buffers[1]
+            h, shifted = torch.add(buffers[2], first, out=buffers[0]), buffers[1]
         late = _mix(start >> 32) ^ k1
     else:
         words = counter_hash(seed, torch.arange(start, start + index, device=device))

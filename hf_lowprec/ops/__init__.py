@@ -4,8 +4,17 @@
 Nobody calls kernels by name.
 """
 
-from hf_lowprec.ops.quantize import current_scale, parse_quant, quant_key, quantize
+from hf_lowprec.ops.quantize import cast_transpose, current_scale, parse_quant, quant_key, quantize, transposed
 from hf_lowprec.ops.registry import kernel_counts
 from hf_lowprec.ops.scaled_mm import scaled_mm
 
-__all__ = ["current_scale", "kernel_counts", "parse_quant", "quant_key", "quantize", "scaled_mm"]
+__all__ = [
+    "cast_transpose",
+    "current_scale",
+    "kernel_counts",
+    "parse_quant",
+    "quant_key",
+    "quantize",
+    "scaled_mm",
+    "transposed",
+]

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hf_lowprec::quantize: scale and cast one GEMM operand, and note what the cast saw.
+"""hf_lowprec::quantize and ::cast_transpose: scale and cast one GEMM operand, and note what the cast saw.
 
     scale = fixed, or the delayed one, or (first use, current scaling) from this tensor's amax
     qdata = cast(input / scale)
+
+`cast_transpose` gives a matrix in the two layouts that GEMMs read: as it lies, for a product that sums over its
+columns, and transposed, for one that sums over its rows. Hopper's FP8 tensor cores want both operands contiguous along
+the sum, so the transpose is data in memory, padded with zeros to a multiple of 16.
 
 A policy crosses the operator boundary as a string (`quant_key`), because torch.compile treats strings as constants.
 Non-finite elements become NaN in qdata and are left out of amax, so one bad row cannot spoil the scale of the others.
@@ -19,17 +23,25 @@ from torch import Tensor
 
 from hf_lowprec import numerics
 from hf_lowprec.formats import Format, get_format
-from hf_lowprec.ops.registry import LIBRARY
+from hf_lowprec.numerics.scaling import store_scale
+from hf_lowprec.ops.registry import LIBRARY, direct
 from hf_lowprec.recipe import Quant
 
 _QUANT = TypeAdapter(Quant)
 # Counters look at about this many elements of a tensor: fractions to 1 % need no second pass over all of it.
 _SAMPLE = 1 << 16
+ALIGNMENT = 16
 
+_STATE = "Tensor? scale, bool fixed, Tensor(a!)? amax, Tensor(b!)? counts, Tensor? seed"
 LIBRARY.define(
-    "quantize(Tensor input, str quant, Tensor? scale, bool fixed, Tensor(a!)? amax, Tensor(b!)? counts, Tensor? seed)"
+    f"quantize(Tensor input, str quant, {_STATE}, bool ready=False, Tensor? partials=None)"
     " -> (Tensor qdata, Tensor scale)"
 )
+LIBRARY.define(
+    f"cast_transpose(Tensor input, str quant, {_STATE}, bool ready=False, Tensor? partials=None, bool rows=True,"
+    " bool columns=True) -> (Tensor rows, Tensor columns, Tensor scale)"
+)
+LIBRARY.define("transposed(Tensor qdata) -> Tensor")
 LIBRARY.define("current_scale(Tensor input, str quant) -> Tensor")
 
 
@@ -64,6 +76,8 @@ def quantize(
     amax: Tensor | None = None,
     counts: Tensor | None = None,
     seed: Tensor | None = None,
+    ready: bool = False,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantise `input` [..., K] along its last axis by the policy `quant_key(...)`.
 
@@ -72,11 +86,46 @@ def quantize(
         amax: 0-dim float32, raised in place to this tensor's finite amax. None: nothing is noted.
         counts: int64 [4], increased in place by (elements looked at, saturated, underflowed to zero, non-finite).
         seed: 0-dim int64, for stochastic rounding.
+        ready: the caller knows that the delayed scale is not 0: no pass for the amax comes before the cast.
+        partials: float32, a power of two of them: amaxes of parts that cover the input, from whoever computed it. They
+            spare the pass for the amax where one is needed. One scale for the tensor only.
 
     Returns: qdata (torch's float8 or 16-bit dtype, or integer codes), and the float32 scale with x ~ qdata * scale.
     """
-    qdata, used = torch.ops.hf_lowprec.quantize(input, quant, scale, fixed, amax, counts, seed)
+    kernel = direct("quantize", input)
+    if kernel is not None:
+        qdata, used = kernel(input, quant, scale, fixed, amax, counts, seed, ready, partials)
+    else:
+        qdata, used = torch.ops.hf_lowprec.quantize(input, quant, scale, fixed, amax, counts, seed, ready, partials)
     return qdata, used
+
+
+def cast_transpose(
+    input: Tensor,
+    quant: str,
+    scale: Tensor | None = None,
+    *,
+    fixed: bool = False,
+    amax: Tensor | None = None,
+    counts: Tensor | None = None,
+    seed: Tensor | None = None,
+    ready: bool = False,
+    partials: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise `input` [..., C], of R rows in all, with one scale for the tensor, in one or both layouts.
+
+    The policy's granularity must be the tensor; the other arguments are those of `quantize`.
+
+    Returns: rows [R, C], columns [C, R rounded up to 16] with zeros at the end, both contiguous, and the scale. A
+    layout that is not asked for is an empty tensor.
+    """
+    kernel = direct("cast_transpose", input)
+    if kernel is None:
+        kernel, input = torch.ops.hf_lowprec.cast_transpose, input.detach()
+    a, b, used = kernel(input, quant, scale, fixed, amax, counts, seed, ready, partials, rows, columns)
+    return a, b, used
 
 
 def default_quantize(
@@ -87,11 +136,13 @@ def default_quantize(
     amax: Tensor | None,
     counts: Tensor | None,
     seed: Tensor | None,
+    ready: bool = False,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     policy = parse_quant(quant)
     hp = input.detach().contiguous()
     if not fixed:
-        scale = _delayed_scale(hp, policy, scale, amax) if policy.scaling.method == "delayed" else None
+        scale = _scale(hp, policy, scale, amax, partials)
     qdata, used = numerics.quantize(hp, policy, scale=scale, seed=seed)
     if counts is not None:
         _count(hp, policy, used, counts)
@@ -99,11 +150,19 @@ def default_quantize(
     return qdata, used.clone() if fixed else used
 
 
-def _delayed_scale(hp: Tensor, policy: Quant, delayed: Tensor | None, amax: Tensor | None) -> Tensor:
-    current = numerics.amax_per_group(hp, policy.scaling)
+def _scale(
+    hp: Tensor, policy: Quant, delayed: Tensor | None, amax: Tensor | None, partials: Tensor | None
+) -> Tensor | None:
+    """The scale to use; None: as the policy has it."""
+    scaling = policy.scaling
+    if scaling.method == "current" and partials is not None:
+        return store_scale(numerics.scale_from_amax(partials.max(), policy.format, scaling), scaling)
+    if scaling.method != "delayed":
+        return None
+    current = numerics.amax_per_group(hp, scaling)
     if amax is not None:
         amax.copy_(torch.maximum(amax, current))
-    from_amax = numerics.scale_from_amax(current, policy.format, policy.scaling)
+    from_amax = numerics.scale_from_amax(current if partials is None else partials.max(), policy.format, scaling)
     return from_amax if delayed is None else torch.where(delayed > 0, delayed, from_amax)
 
 
@@ -131,7 +190,47 @@ def _count(hp: Tensor, policy: Quant, scale: Tensor, counts: Tensor) -> None:
     counts.add_(seen)
 
 
+def default_cast_transpose(
+    input: Tensor,
+    quant: str,
+    scale: Tensor | None,
+    fixed: bool,
+    amax: Tensor | None,
+    counts: Tensor | None,
+    seed: Tensor | None,
+    ready: bool = False,
+    partials: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = input.reshape(-1, input.shape[-1])
+    qdata, used = default_quantize(matrix, quant, scale, fixed, amax, counts, seed, ready, partials)
+    nothing = qdata.new_empty(0)
+    return qdata if rows else nothing, default_transposed(qdata) if columns else nothing, used
+
+
+def transposed(qdata: Tensor) -> Tensor:
+    """[R, C] of a quantised matrix -> [C, R rounded up to 16], contiguous, with zeros at the end."""
+    kernel = direct("transposed", qdata) or torch.ops.hf_lowprec.transposed
+    out: Tensor = kernel(qdata)
+    return out
+
+
+def default_transposed(qdata: Tensor) -> Tensor:
+    r, c = qdata.shape
+    integer = {1: torch.uint8, 2: torch.int16}[qdata.dtype.itemsize]  # torch fills few dtypes of 8 bits
+    out = torch.zeros((c, padded(r)), dtype=integer, device=qdata.device)
+    out[:, :r] = qdata.view(integer).t()
+    return out.view(qdata.dtype)
+
+
+def padded(rows: int) -> int:
+    return (rows + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
 LIBRARY.impl("quantize", default_quantize, "CompositeExplicitAutograd")
+LIBRARY.impl("cast_transpose", default_cast_transpose, "CompositeExplicitAutograd")
+LIBRARY.impl("transposed", default_transposed, "CompositeExplicitAutograd")
 
 
 def _fake_quantize(
@@ -142,6 +241,8 @@ def _fake_quantize(
     amax: Tensor | None,
     counts: Tensor | None,
     seed: Tensor | None,
+    ready: bool = False,
+    partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     policy = parse_quant(quant)
     qdata = input.new_empty(input.shape, dtype=storage_dtype(policy.format))
@@ -151,7 +252,39 @@ def _fake_quantize(
     return qdata, scale.to(torch.float8_e8m0fnu) if policy.scaling.store == "e8m0" else scale
 
 
+def _fake_cast_transpose(
+    input: Tensor,
+    quant: str,
+    scale: Tensor | None,
+    fixed: bool,
+    amax: Tensor | None,
+    counts: Tensor | None,
+    seed: Tensor | None,
+    ready: bool = False,
+    partials: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, c = storage_dtype(parse_quant(quant).format), input.shape[-1]
+    r = 1
+    for size in input.shape[:-1]:
+        r = r * size
+    nothing = input.new_empty(0, dtype=dtype)
+    used = input.new_empty((), dtype=torch.float32)
+    return (
+        input.new_empty((r, c), dtype=dtype) if rows else nothing,
+        input.new_empty((c, padded(r)), dtype=dtype) if columns else nothing,
+        used,
+    )
+
+
+def _fake_transposed(qdata: Tensor) -> Tensor:
+    return qdata.new_empty((qdata.shape[1], padded(qdata.shape[0])))
+
+
 torch.library.register_fake("hf_lowprec::quantize", _fake_quantize)
+torch.library.register_fake("hf_lowprec::cast_transpose", _fake_cast_transpose)
+torch.library.register_fake("hf_lowprec::transposed", _fake_transposed)
 
 
 def current_scale(input: Tensor, quant: str) -> Tensor:

@@ -7,11 +7,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY: Any = torch.library.Library("hf_lowprec", "DEF")
+
+# The CUDA implementations by operator name, filled in by `kernels/`.
+CUDA_KERNELS: dict[str, Callable[..., Any]] = {}
+
+
+def direct(name: str, tensor: Tensor) -> Callable[..., Any] | None:
+    """The CUDA implementation itself, where nobody stands between a call of the operator and it; else None.
+
+    Spares the dispatcher, and what operators owe it: no output may be an argument. torch.compile, fake tensors,
+    tensor subclasses and dispatch modes get the operator.
+    """
+    if not tensor.is_cuda or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    return CUDA_KERNELS.get(name) if type(tensor) in _PLAIN else None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 # Incremented inside the implementations, so compiled graphs count too (a CUDA graph's replay does not run Python).
 _COUNTS: Counter[str] = Counter()

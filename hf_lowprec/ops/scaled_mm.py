@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_lowprec import numerics
 from hf_lowprec.ops.quantize import parse_quant
-from hf_lowprec.ops.registry import LIBRARY, count
+from hf_lowprec.ops.registry import LIBRARY, count, direct
 
 LIBRARY.define(
     "scaled_mm(Tensor a, Tensor a_scale, str a_quant, Tensor b, Tensor b_scale, str b_quant, Tensor? bias,"
@@ -36,6 +36,9 @@ def scaled_mm(
 ) -> Tensor:
     """[M, K] x [N, K] -> [M, N]. Operands may have any strides; both reduce along their last axis.
 
+    One operand may be longer along K than the other: what is beyond the shorter one must be zeros (the padding of
+    `cast_transpose`).
+
     Args:
         dtype: of the output: float32, bfloat16 or float16.
         fast: let the tensor cores keep partial sums in their own narrow accumulators.
@@ -44,7 +47,8 @@ def scaled_mm(
     Raises:
         RuntimeError: a GPU without FP8 tensor cores, or a format pair it has no GEMM for, unless `emulate`.
     """
-    out: Tensor = torch.ops.hf_lowprec.scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
+    kernel = direct("scaled_mm", a) or torch.ops.hf_lowprec.scaled_mm
+    out: Tensor = kernel(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
     return out
 
 
@@ -62,6 +66,8 @@ def default_scaled_mm(
 ) -> Tensor:
     qa, qb = parse_quant(a_quant), parse_quant(b_quant)
     count(f"emulated {qa.format} x {qb.format}")
+    k = min(a.shape[1], b.shape[1])
+    a, b = a[:, :k], b[:, :k]
     # Autocast reaches into operators and would turn the float32 product into a bfloat16 one.
     with torch.autocast(a.device.type, enabled=False):
         if a_scale.numel() == 1 and b_scale.numel() == 1:

@@ -54,6 +54,7 @@ class Item:
     start: flat index at which `param` begins, where the item is a slice of one (`cpu.slices`), or of a shard.
     key: the Parameter as the optimizer knows it. It is `param`, but for a DTensor: then `param`, `grad` and `state`
         are this rank's rows of it, which `shard` describes.
+    wires: (GradientQuantizer, number) of the communication formats that its gradient passes through before the step.
     """
 
     param: Tensor
@@ -71,6 +72,7 @@ class Item:
     start: int = 0
     key: Any = None
     shard: Shard | None = None
+    wires: tuple[tuple[Any, int], ...] = ()
 
     def quant(self, moment: str) -> Quant | None:
         """How the moment is kept."""
@@ -233,8 +235,19 @@ def gradient_amax(items: Sequence[Item]) -> Tensor:
     if some and some[0].device.type == "cpu":  # an infinity norm takes twenty times as long there
         norms = iter([torch.maximum(high, -low) for low, high in map(torch.aminmax, some)])
     else:
-        norms = iter(torch._foreach_norm(some, math.inf) if some else [])
-    return torch.stack([next(norms).float() if grad.numel() else grad.new_zeros(()).float() for grad in grads])
+        norms = iter(_infinity_norms(some))
+    nothing = torch.zeros((), dtype=torch.float32, device=grads[0].device)
+    return torch.stack([next(norms).float() if grad.numel() else nothing for grad in grads])
+
+
+def _infinity_norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """In float32 or float64, in few launches."""
+    out: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):
+        members = [i for i, grad in enumerate(grads) if grad.dtype == dtype]
+        some, wide = [grads[i] for i in members], torch.promote_types(dtype, torch.float32)
+        out.update(zip(members, torch._foreach_norm(some, math.inf, dtype=wide), strict=True))
+    return [out[i] for i in range(len(grads))]
 
 
 def all_finite(amax: Tensor) -> Tensor:

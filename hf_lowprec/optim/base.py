@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,8 +37,11 @@ from hf_lowprec.optim import states as st
 from hf_lowprec.optim.algorithms import Item
 from hf_lowprec.optim.bounds import check_predictable
 from hf_lowprec.optim.checkpoints import BEFORE_CHECKPOINT as BEFORE_CHECKPOINT
-from hf_lowprec.optim.plan import Plan, make_item
+from hf_lowprec.optim.plan import Plan, make_item, quantise
 from hf_lowprec.recipe import Quant, States
+
+if TYPE_CHECKING:
+    from hf_lowprec.optim.gradient import GradientSwap
 
 _HERE = "torch's other code paths do not exist here: on CUDA every step runs in a few kernels; drop the argument"
 _NO_MODE = "low-precision states have no such mode; drop the argument, or use torch.optim"
@@ -119,6 +122,8 @@ class LowPrecOptimizer(Optimizer):
         """What a step keeps for the next one, and no checkpoint holds."""
         self._plan: Plan | None = None
         self._fused: Any = None
+        self.swaps: list[GradientSwap] = []  # through whose formats gradients pass
+        self.notes_amax = False
 
     def _start_counters(self) -> None:
         first = next(self._parameters(), None)
@@ -173,6 +178,12 @@ class LowPrecOptimizer(Optimizer):
     def _invalidate(self) -> None:
         """Forgets what was prepared for the parameters and states as they were."""
         self._plan = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forgets the tables of kernels."""
+        if self._plan is not None:
+            self._plan.again = None
         if self._fused is not None:
             self._fused.invalidate()
 
@@ -201,10 +212,13 @@ class LowPrecOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        items = self._collect()
+        plan = self._plan_of_step()
+        if self._again(plan, clip):
+            return loss
+        items = self._collect(plan=plan)
         try:
-            if items or (self._plan is not None and self._plan.sharded):  # other ranks wait for this one
-                self._update(items, clip)
+            if items or plan.sharded:  # other ranks wait for this one
+                self._update(items, clip, all_of_them=True)
         finally:
             self._release(items)
         return loss
@@ -215,9 +229,30 @@ class LowPrecOptimizer(Optimizer):
             self._plan = Plan(self)
         return self._plan
 
-    def _collect(self, params: Iterable[Tensor] | None = None) -> list[Item]:
-        """Items of the parameters (all by default) that have a gradient, which they now hold; with their states."""
+    def _plan_of_step(self) -> Plan:
+        """`_plan_now`, and every gradient's way into the step."""
         plan = self._plan_now()
+        if plan.follow(self.swaps):
+            self._forget()
+        return plan
+
+    def _again(self, plan: Plan, clip: Tensor | None) -> bool:
+        """The step, if it is the last one over again but for values: by kernels, without a look at each parameter."""
+        if plan.again is None or (found := plan.again.gradients()) is None:
+            return False
+        plan.check(self.algorithm)
+        self._check_clip(clip)
+        batch = plan.again.batch
+        self._count_on(batch.device)
+        self._fused.run(batch, *found, _factor(clip, batch.device), None, unchanged=True)
+        return True
+
+    def _collect(self, params: Iterable[Tensor] | None = None, *, plan: Plan | None = None) -> list[Item]:
+        """Items of the parameters (all by default) that have a gradient, which they now hold; with their states.
+
+        plan: one that is known to be current.
+        """
+        plan = plan or self._plan_of_step()
         items = []
         try:
             for item in plan.items if params is None else map(plan.of, params):
@@ -243,7 +278,7 @@ class LowPrecOptimizer(Optimizer):
         for item in new:
             self._start(item)
         if new:
-            plan.note_states(self)
+            plan.note_states(self, new)
         return items
 
     def _meet(self, plan: Plan, item: Item) -> None:
@@ -253,11 +288,7 @@ class LowPrecOptimizer(Optimizer):
             item.states = make_item(self, item.group, item.position, item.key, item.index).states
         item.slots = st.layout(item.states, item.param.dtype, item.moments)
         plan.watch(item)
-        covered = (
-            item.param.is_cuda
-            and item.shard is None  # the kernels know nothing of other ranks
-            and _kernels().covers(self.algorithm, item.states, item.param, item.grad)
-        )
+        covered = item.param.is_cuda and _kernels().takes(self.algorithm, item)
         item.route = plan.route(item.param.device, covered)
         held = item.state.keys()
         if held and ("master" in item.slots) != any(key.startswith("master") for key in held):
@@ -313,21 +344,36 @@ class LowPrecOptimizer(Optimizer):
             if item.version >= 0:
                 item.version = item.param._version
 
-    def _update(self, items: list[Item], clip: Tensor | None = None) -> None:
-        """One step of `items`, which hold their gradients: kernels where there are some, else the truth."""
-        plan = self._plan
-        assert plan is not None
+    def _check_clip(self, clip: Any) -> None:
         if clip is not None and not isinstance(clip, Tensor):
             raise TypeError(f"clip: a 0-d tensor (optim.clip_factor), not a {type(clip).__name__}")
-        routes = {item.route for item in items}
-        home = (items or plan.sharded)[0].param.device
+
+    def _count_on(self, home: torch.device) -> None:
+        """Has the counters on the device where they are raised."""
         for name in ("skipped_steps", "skipped_elements"):
             if getattr(self, name).device != home:
                 setattr(self, name, getattr(self, name).to(home))
-        if len(routes) == 1 and plan.routes[items[0].route][1] and not plan.sharded:
+
+    def _update(self, items: list[Item], clip: Tensor | None = None, *, all_of_them: bool = False) -> None:
+        """One step of `items`, which hold their gradients: kernels where there are some, else the truth.
+
+        all_of_them: these are all the parameters with a gradient.
+        """
+        plan = self._plan
+        assert plan is not None
+        self._check_clip(clip)
+        routes = {item.route for item in items}
+        home = (items or plan.sharded)[0].param.device
+        self._count_on(home)
+        alone = len(routes) == 1 and plan.routes[items[0].route][1] and not plan.sharded
+        if not (alone and plan.fused):
+            quantise(items)
+        if alone:
             self._fused_step(items, _factor(clip, home), None)
+            plan.again = self._fused.again(plan.items, items) if all_of_them and plan.fused else None
             return
 
+        plan.again = None
         split: dict[int, list[Item]] = {route: [] for route in routes}
         for item in items:
             split[item.route].append(item)
@@ -343,8 +389,10 @@ class LowPrecOptimizer(Optimizer):
             device, covered = plan.routes[route]
             flag, factor = finite.to(device), _factor(clip, device)
             if covered:
-                self._fused_step(part, factor, flag)
+                self._fused_step(part, factor, flag, amaxes.get(route))
             else:
+                if self._fused is not None:
+                    self._fused.unknown(part)
                 skipped = algorithms.step(
                     self.algorithm, part, amax=amaxes.get(route), clip=factor, finite=flag, elementwise=elementwise,
                     compile=self.compile,
@@ -352,10 +400,26 @@ class LowPrecOptimizer(Optimizer):
                 self.skipped_elements += skipped.to(home)
         self.skipped_steps += finite.logical_not()
 
-    def _fused_step(self, items: list[Item], clip: Tensor | None, finite: Tensor | None) -> None:
+    def _fused_step(
+        self, items: list[Item], clip: Tensor | None, finite: Tensor | None, amaxes: Tensor | None = None
+    ) -> None:
         if self._fused is None:
             self._fused = _kernels().Fused(self)
-        self._fused.step(self.algorithm, items, clip, finite)
+        self._fused.step(self.algorithm, items, clip, finite, amaxes)
+
+    def note_amax(self) -> None:
+        """From now on steps note what `weight_amax` gives."""
+        if not self.notes_amax:
+            self.notes_amax = True
+            self._forget()
+
+    def weight_amax(self, param: Tensor) -> Tensor | None:
+        """Largest finite magnitude in `param` after the last step, float32 0-d: to cast it to FP8 in one pass.
+
+        Kernels find it on their way after `note_amax`; None: none of them has stepped `param`, or it is a shard. The
+        next step overwrites it. What others have written to `param` since the step it does not know.
+        """
+        return None if self._fused is None else self._fused.weight_amax(param)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps on the CPU through torch.compile: the truth itself, in C++, on slices of two sizes.
+"""Steps on the CPU in C++, on slices of two sizes: `native` where it has the states, the truth itself for the
+rest, through torch.compile.
 
 Inductor runs `algorithms.update` as a few loops over vectors, with OpenMP threads, and without fused multiply-adds
 (`cpp.enable_floating_point_contract_flag` is off by default), so that it gives the bits of the eager step. What
@@ -12,8 +13,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import shutil
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lowprec.optim import cpu
+from hf_lowprec.optim import cpu, native
 from hf_lowprec.recipe import Quant, States
 
 if TYPE_CHECKING:
@@ -61,11 +60,10 @@ class _Kind(NamedTuple):
 
 def check_compiler() -> None:
     """Raises RuntimeError: there is no C++ compiler, so that torch.compile could not compile for the CPU."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
-    if not any(map(shutil.which, names)):
+    if native.compiler() is None:
         raise RuntimeError(
-            f"compile=True: no C++ compiler ({', '.join(names)}) on the PATH; install one, or leave compile out: the "
-            "eager step gives the same bits"
+            f"compile=True: no C++ compiler ({', '.join(native.compilers())}) on the PATH; install one, or leave "
+            "compile out: the eager step gives the same bits"
         )
 
 
@@ -102,6 +100,8 @@ def stepper(
     algorithm: str, item: Item, s: dict[str, Any], limit: dict[str, Tensor], clip: Tensor | None, elementwise: bool
 ) -> Callable[[Item], Tensor | None]:
     """What `algorithms.update` does to covered slices of `item`; elementwise: and how many elements it skipped."""
+    if not elementwise and native.covers(algorithm, item):
+        return native.stepper(algorithm, item, s, clip)
     scalars = {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in s.items()}
     index, limits = torch.tensor(item.index), list(limit.values())
     functions: dict[int, Callable[..., Tensor | None]] = {}

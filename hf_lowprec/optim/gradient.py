@@ -14,13 +14,18 @@ tensor is no saturation. On one process nothing is summed, mu > 1 could only sat
 with several ranks it stays in [2**-16, 2**16]. A gradient that is zero or not finite teaches nothing and leaves mu
 alone. Elements that are not finite become NaN, which an optimizer of ours answers by skipping the step.
 
-`attach` puts this in front of any optimizer's `step`: `p.grad` is swapped for g' before and put back after.
+`attach` puts this in front of any optimizer's `step`. For an optimizer of this package that is a note: its kernels
+quantise a gradient where they use it, in registers (`optim/fused.py`), and nobody sees g'. For any other one `p.grad`
+is swapped for g' before the step and put back after.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,13 +36,18 @@ from torch.optim import Optimizer
 from hf_lowprec import ops
 from hf_lowprec.formats import get_format
 from hf_lowprec.numerics import ScaledTensor, counter_hash, dequantize, finite_amax, quantize, scale_from_amax
-from hf_lowprec.optim.freed import FreedGradient
+from hf_lowprec.optim.base import LowPrecOptimizer
 from hf_lowprec.optim.shards import Shard, by_ranks, shard_of
 from hf_lowprec.optim.states import matrix, stream_seed
 from hf_lowprec.recipe import Communication
 
+if TYPE_CHECKING:
+    from hf_lowprec.kernels.wires import Exchange, Wire
+
 _REACH = 16  # mu stays within 2 ** -16 and, with several ranks, 2 ** 16
 _STATE = ("k", "saturated", "count")
+_KERNELS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of gradients that they take
+_EXCHANGES = 16  # lists of gradients whose tables are kept, or more
 
 
 class Seen(NamedTuple):
@@ -68,6 +78,7 @@ class GradientQuantizer:
         self.saturated = torch.zeros(n, dtype=torch.int64)
         self.count = torch.zeros(n, dtype=torch.int64)
         self._layouts: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] = {}
+        self._exchanges: dict[tuple[Any, ...], tuple[Exchange, list[Tensor]]] = {}
         fmt = get_format(communication.gradient.format)
         self._extremes = {fmt.encode(value) for value in (fmt.max, fmt.min) if value}
 
@@ -101,9 +112,11 @@ class GradientQuantizer:
                     f"{grad.layout} gradient cannot be quantised; build the embedding with sparse=False"
                 )
         local = {i: g.to_local() if isinstance(g, DTensor) else g for i, g in grads.items()}
-        self._to(next(iter(local.values())).device)
-        factors = self.mu.unbind() if self.communication.auto_scale else None
+        self.to(next(iter(local.values())).device)
         ranks = by_ranks(grads)
+        if self._have_kernels(local):
+            return self._exchange(grads, local, ranks)
+        factors = self.mu.unbind() if self.communication.auto_scale else None
         scales = self._shared_scales(local, ranks)
         out: dict[int, Tensor] = {}
         seen: dict[int, Seen] = {}
@@ -117,6 +130,70 @@ class GradientQuantizer:
         extremes, finite, nonzero = (torch.stack(some) for some in zip(*seen.values(), strict=True))
         self.observe(indices, extremes, numel, finite & nonzero)
         return out
+
+    @property
+    def carried(self) -> bool:
+        """Whether kernels have this format."""
+        from hf_lowprec.kernels.wires import carries
+
+        return carries(self.communication.gradient)
+
+    def wire(self, index: int, numel: int) -> Wire:
+        """What kernels know of the way of gradient number `index`: mu and counters, which they advance in place.
+
+        numel: elements of the whole tensor.
+        """
+        from hf_lowprec.kernels.wires import Wire
+
+        policy = self.communication
+        return Wire(
+            self.k, self.saturated, self.count, index, auto=policy.auto_scale, saturation=policy.saturation,
+            growth=policy.growth, upper=self._upper(), numel=numel,
+        )  # fmt: skip
+
+    def marks(self) -> tuple[Any, ...]:
+        """What a `wire` was made from, to be compared."""
+        return id(self.k), id(self.saturated), id(self.count), self._upper()
+
+    def _have_kernels(self, grads: Mapping[int, Tensor]) -> bool:
+        if self.k.device.type != "cuda":
+            return False
+        from hf_lowprec.optim.fused import available
+
+        known = all(grad.dtype in _KERNELS for grad in grads.values())
+        return known and available(self.k.device) and self.carried
+
+    def _exchange(
+        self, grads: Mapping[int, Tensor], local: Mapping[int, Tensor], ranks: Sequence[tuple[Shard, list[int]]]
+    ) -> dict[int, Tensor]:
+        """`quantize_all` in a few launches for all of them. Ranks that share gradients reduce what kernels saw."""
+        from hf_lowprec.kernels.wires import AMAX, EXTREMES, FINITE, Exchange
+
+        key = (self._upper(), *((i, grad.shape, grads[i].shape, grad.dtype) for i, grad in local.items()))
+        values = [grad.contiguous() for grad in local.values()]
+        if key not in self._exchanges:
+            if len(self._exchanges) > max(_EXCHANGES, len(self.k)):  # one for all, or (gradient release) for each
+                self._exchanges.clear()
+            made = Exchange(values, [self.wire(index, grad.numel()) for index, grad in grads.items()])
+            place = {index: row for row, index in enumerate(local)}
+            rows = [torch.tensor([place[i] for i in members]).to(self.k.device) for _, members in ranks]
+            self._exchanges[key] = made, rows
+        exchange, rows = self._exchanges[key]
+        shared = [(shard, some) for (shard, _), some in zip(ranks, rows, strict=True) if shard.group is not None]
+
+        def before_the_cast(seen: Tensor) -> None:
+            for shard, some in shared:
+                for column in (AMAX, FINITE):
+                    largest = shard.maximum(seen[some, column].view(torch.float32))
+                    seen[some, column] = largest.view(torch.int32)
+
+        def before_mu(seen: Tensor) -> None:
+            for shard, some in shared:
+                seen[some, EXTREMES] = shard.total(seen[some, EXTREMES])
+
+        with torch.cuda.device(self.k.device) if self.k.is_cuda else nullcontext():  # Triton launches on the current
+            out = exchange.run(values, before_the_cast, before_mu) if shared else exchange.run(values)
+        return {index: _as_shard(value, grads[index]) for index, value in zip(local, out, strict=True)}
 
     def _start(self, grad: Tensor) -> int:
         """Where stochastic rounding begins to count."""
@@ -196,9 +273,10 @@ class GradientQuantizer:
             ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         return _REACH * self.communication.growth if ranks > 1 else 0
 
-    def _to(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> None:
         if self.k.device != device:
             self._layouts.clear()
+            self._exchanges.clear()
             for name in _STATE:
                 setattr(self, name, getattr(self, name).to(device))
 
@@ -223,9 +301,11 @@ class GradientQuantizer:
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Raises what `check` raises, before anything changed."""
         self.check(state_dict)
-        for name in _STATE:
-            own = getattr(self, name)
-            setattr(self, name, state_dict[name].to(own.device, copy=True))
+        for name in _STATE:  # in place: kernels know the addresses
+            getattr(self, name).copy_(state_dict[name])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layouts": {}, "_exchanges": {}}  # a copy's tables would hold addresses of this one
 
 
 def _seen_by_all(shard: Shard, seen: Sequence[Seen]) -> list[Seen]:
@@ -245,22 +325,27 @@ def _as_shard(value: Tensor, grad: Tensor) -> Tensor:
 
 
 class GradientSwap:
-    """Shows an optimizer quantised gradients during its step; afterwards `p.grad` is the caller's own tensor again.
+    """Shows an optimizer quantised gradients during its step; `p.grad` is the caller's own tensor before and after.
 
     index: the parameters whose gradients are quantised, and their numbers in `quantizer`. Others pass untouched, so
     the hooks fit one optimizer (`attach`) as well as torch's global ones (`register_optimizer_step_pre_hook`).
 
-    A closure computes gradients inside the step: they are swapped when it returns. Both gradients of a parameter exist
-    during the step; it is the price of handing back what was there.
+    An optimizer of this package is told once and quantises where it reads a gradient. Any other finds g' in `p.grad`:
+    there both gradients of a parameter exist during the step; it is the price of handing back what was there. A
+    closure computes gradients inside the step: they are swapped when it returns.
     """
 
     def __init__(self, quantizer: GradientQuantizer, index: Mapping[Tensor, int]) -> None:
         self.quantizer = quantizer
         self.index = dict(index)
         self._swapped: dict[Tensor, tuple[Tensor, Tensor]] = {}  # parameter -> its own gradient, the quantised one
+        self._told: weakref.WeakSet[LowPrecOptimizer] = weakref.WeakSet()  # by `pre_step`, until `post_step`
 
     def attach(self, optimizer: Optimizer) -> Callable[[], None]:
-        """Hooks itself around `optimizer.step`; returns the function that unhooks it."""
+        """Puts itself in front of `optimizer.step`; returns the function that undoes it."""
+        if isinstance(optimizer, LowPrecOptimizer):
+            optimizer.swaps.append(self)
+            return functools.partial(_remove, optimizer.swaps, self)
         handles = (
             optimizer.register_step_pre_hook(self.pre_step),
             optimizer.register_step_post_hook(self.post_step),
@@ -272,10 +357,19 @@ class GradientSwap:
 
         return detach
 
+    def tell(self, optimizer: LowPrecOptimizer) -> None:
+        """The gradients that it uses until the end of its next step are to be quantised."""
+        if self not in optimizer.swaps:
+            optimizer.swaps.append(self)
+            self._told.add(optimizer)
+
     def pre_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.restore()  # a step that raised never reached post_step
+        if isinstance(optimizer, LowPrecOptimizer):
+            self.tell(optimizer)
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._swap(optimizer)
@@ -291,11 +385,13 @@ class GradientSwap:
 
     def post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.restore()
+        if isinstance(optimizer, LowPrecOptimizer) and optimizer in self._told:
+            self._told.discard(optimizer)
+            _remove(optimizer.swaps, self)
 
     def _swap(self, optimizer: Optimizer) -> None:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        used = (type(None), FreedGradient)  # gradient release has quantised it in backward
-        mine = {self.index[p]: p for p in params if not isinstance(p.grad, used) and p in self.index}
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        mine = {self.index[p]: p for p in params if p in self.index}
         for device in {p.device for p in mine.values()}:
             own = {i: p.grad for i, p in mine.items() if p.device == device}
             for i, quantised in self.quantizer.quantize_all(own).items():
@@ -308,3 +404,8 @@ class GradientSwap:
             if param.grad is quantised:
                 param.grad = own
         self._swapped.clear()
+
+
+def _remove(swaps: list[GradientSwap], swap: GradientSwap) -> None:
+    if swap in swaps:
+        swaps.remove(swap)

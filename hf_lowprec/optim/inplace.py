@@ -36,14 +36,17 @@ if TYPE_CHECKING:
 SLICE = 1 << 18
 _CPU = torch.device("cpu")
 _BF16 = cast(Format, get_format("e8m7"))
+_16, _LOW = torch.tensor(16, dtype=torch.int32), torch.tensor(0xFFFF, dtype=torch.int32)  # faster than Python's
 _ALL_BITS = Rounding(mode="stochastic")
+_FAR = 2.0**127  # from where rounding to bfloat16 may have to saturate
 
 
-class _Codec(NamedTuple):
-    """A slot in blocks. values: float32 of every code; top: the largest; words: `Lookup`."""
+class Codec(NamedTuple):
+    """A slot in blocks. values, pairs: float32 of every code, and of every two; top: the largest; words: `Lookup`."""
 
     block: int
     values: Tensor
+    pairs: Tensor
     top: float
     words: Lookup
     signed: bool
@@ -51,7 +54,7 @@ class _Codec(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _codec(quant: Quant) -> _Codec | None:
+def codec_of(quant: Quant) -> Codec | None:
     """None: another layout, rounding or scale than this module has."""
     fmt, scaling = get_format(quant.format), quant.scaling
     plain = (scaling.granularity, scaling.method, scaling.snap, scaling.store, scaling.margin, quant.compand) == (
@@ -63,7 +66,10 @@ def _codec(quant: Quant) -> _Codec | None:
     values = value_table(fmt, _CPU, torch.float32) if words is not None else None
     if words is None or values is None or not bool((values == 0).any()):
         return None
-    return _Codec(scaling.block[0], values, fmt.max, words, fmt.min < 0, quant.nonzero)
+    # A float64 holds two float32, and one look-up finds both.
+    two = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).to(torch.int32)
+    pairs = torch.nn.functional.pad(values, (0, 256 - values.numel()))[two].view(torch.float64)
+    return Codec(scaling.block[0], values, pairs, fmt.max, words, fmt.min < 0, quant.nonzero)
 
 
 class _Buffers(threading.local):
@@ -79,13 +85,20 @@ class _Buffers(threading.local):
             found = self._of[name] = torch.empty(n, dtype=dtype)
         return found[:n]
 
+    def counts(self, n: int) -> Tensor:
+        """int32, 0 to n - 1: only read it."""
+        if "counts" not in self._of or self._of["counts"].numel() < n:
+            self._of["counts"] = torch.arange(n, dtype=torch.int32)
+        return self._of["counts"][:n]
+
 
 _BUFFERS = _Buffers()
 
 
-def _integers(n: int) -> Tensor:
-    """int32 [2 n], for indices, codes, or float64 [n]."""
-    return _BUFFERS.take("integers", 2 * n, torch.int32)
+def _integers(n: int) -> tuple[Tensor, Tensor]:
+    """int32 [n] twice, for indices and codes."""
+    both = _BUFFERS.take("integers", 2 * n, torch.int32)
+    return both[:n], both[n:]
 
 
 def covers(algorithm: str, item: Item) -> bool:
@@ -96,7 +109,7 @@ def covers(algorithm: str, item: Item) -> bool:
         return False  # a momentum that was switched off keeps its bits
     for name in item.moments:
         quant = item.quant(name)
-        if quant is not None and _codec(quant) is None:
+        if quant is not None and codec_of(quant) is None:
             return False
         if quant is not None and item.state[f"{name}_scale"].dim() > 1:  # a shard's blocks of rows, some of them short
             return False
@@ -105,7 +118,7 @@ def covers(algorithm: str, item: Item) -> bool:
 
 def whole(item: Item) -> bool:
     """Whether a slice of a covered item is whole blocks: all are, but for the last."""
-    codecs = (_codec(quant) for quant in map(item.quant, item.moments) if quant is not None)
+    codecs = (codec_of(quant) for quant in map(item.quant, item.moments) if quant is not None)
     return not any(codec is None or item.param.numel() % codec.block for codec in codecs)
 
 
@@ -149,9 +162,12 @@ def _write_weight(item: Item, w: Tensor) -> None:
     if "master" not in item.slots and param.dtype == torch.bfloat16 and rounding == _ALL_BITS:
         seed = st.stream_seed(rounding, item.index, "parameter", step)
         assert seed is not None
-        words, other = _integers(n).view(2, n)
-        counter_hash(seed, n, start=item.start, buffers=(words, other)).bitwise_and_(0xFFFF)
-        param.copy_(stochastic_truncation(w, _BF16, words, out=_BUFFERS.take("t", n)))
+        words, other = _integers(n)
+        counter_hash(seed, n, start=item.start, buffers=(words, other, _BUFFERS.counts(n))).bitwise_and_(_LOW)
+        if n and bool(torch.stack(torch.aminmax(w)).abs_().amax() < _FAR):  # of nothing there is no maximum
+            param.view(torch.int16).copy_(words.add_(w.view(torch.int32)).bitwise_right_shift_(_16))
+        else:
+            param.copy_(stochastic_truncation(w, _BF16, words, out=_BUFFERS.take("t", n)))
         return
     st.write_weight(
         item.state, item.param, item.states, w.view(item.param.shape),
@@ -164,18 +180,20 @@ def _load(item: Item, name: str) -> Tensor:
     quant = item.quant(name)
     if quant is None:
         return item.state[name].view(-1)
-    codec = _codec(quant)
+    codec = codec_of(quant)
     assert codec is not None
     codes = item.state[f"{name}_qdata"].view(-1).view(torch.uint8)
-    index = _integers(codes.numel())[: codes.numel()].copy_(codes)
-    value = torch.index_select(codec.values, 0, index, out=_BUFFERS.take(name, codes.numel()))
+    value, table, n = _BUFFERS.take(name, codes.numel()), codec.values, codes.numel()
+    if (n | int(codes.storage_offset())) % 2 == 0:
+        codes, table, n = codes.view(torch.uint16), codec.pairs, n // 2
+    torch.index_select(table, 0, _integers(n)[0].copy_(codes), out=value.view(table.dtype))
     value.view(-1, codec.block).mul_(item.state[f"{name}_scale"].view(-1, 1))
     return value
 
 
 def _store(item: Item, name: str, quant: Quant, value: Tensor) -> None:
     """Encodes `value`, which is no more then."""
-    codec, n = _codec(quant), value.numel()
+    codec, n = codec_of(quant), value.numel()
     assert codec is not None
     rows, other = value.view(-1, codec.block), _BUFFERS.take("t", n)
     magnitude = torch.abs(value, out=other).view(rows.shape) if codec.signed else rows
@@ -184,20 +202,20 @@ def _store(item: Item, name: str, quant: Quant, value: Tensor) -> None:
     if codec.top != 1.0:
         scale.div_(codec.top)
     scale.clamp_(2.0**-126, 2.0**126).masked_fill_(nothing, 1.0)
-    factor = 1.0 / scale
-    if codec.nonzero and not bool((factor >= 1).all()):  # the product may underflow where the value is positive
+    factor = scale.reciprocal()
+    if codec.nonzero and not float(factor.amin()) >= 1:  # the product may underflow where the value is positive
         torch.clamp(value, max=2.0**-149, out=other)
         rows.mul_(factor)
         torch.maximum(value, other, out=value)
     else:
         rows.mul_(factor)
     bits = value.view(torch.int32)
-    cells, codes = _integers(n).view(2, n)
-    torch.bitwise_right_shift(bits, 16, out=cells)
+    cells, codes = _integers(n)
+    torch.bitwise_right_shift(bits, _16, out=cells)
     if codec.signed:
-        cells.bitwise_and_(0xFFFF)
+        cells.bitwise_and_(_LOW)
     torch.index_select(codec.words.words, 0, cells, out=codes)
-    codes.add_(bits).bitwise_right_shift_(16)
+    codes.add_(bits).bitwise_right_shift_(_16)
     if codec.words.falling:
         codes.abs_()
     item.state[f"{name}_qdata"].view(-1).view(torch.uint8).copy_(codes)
@@ -212,7 +230,8 @@ def _adam(g: Tensor, w: Tensor, moments: dict[str, Tensor], s: dict[str, Any], i
     v.mul_(s["b2"]).add_(torch.mul(g, s["omb2"], out=t).mul_(g))
     if item.group["weight_decay"] and item.group["decoupled_weight_decay"]:
         w.mul_(s["decay"])
-    denominator = sqrt_rn(v, out=t, wide=_integers(g.numel()).view(torch.float64))
+    wide = _BUFFERS.take("wide", 2 * g.numel(), torch.float64)
+    denominator = sqrt_rn(v, out=t, wide=(wide[: g.numel()], wide[g.numel() :]))
     denominator.mul_(s["rbc2"]).add_(s["eps"])
     w.sub_(torch.mul(m, s["alpha"], out=_BUFFERS.take("u", g.numel())).div_(denominator))
 

@@ -33,7 +33,7 @@ those elements), and relative error of the update, with v rounded to nearest / s
 
 fp8-lm, whose FP16 has ten bits, is off by 0.04 octaves under nearest, with an error of 0.08 (E4M3's, of m). First
 moments forget within ten steps; a block's own scale, new in every step, keeps them from sticking, and the noise would
-cost more than it gives. fp8-lm has one scale per tensor, and there it is needed (`recipe.FP8_LM_STATES`).
+cost more than it gives. fp8-lm has one scale per tensor, and there it is needed (`presets.FP8_LM_STATES`).
 
 Scales of compact are bfloat16. FP16, the paper's choice, ends at 6e-8, where moments of large models are; and rounded
 up as it must be, either freezes a v to nearest. With 4 bits 16 equal steps without a zero (arXiv 2309.01507) hold
@@ -48,7 +48,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from hf_lowprec.recipe import DECOUPLING, FP8_LM_STATES, NONE, PRESETS, Quant, Residual, Rounding, Scaling, States
+from hf_lowprec.presets import DECOUPLING, FP8_LM_STATES, PRESETS
+from hf_lowprec.recipe import NONE, Quant, Residual, Rounding, Scaling, States
 
 _SR = Rounding(mode="stochastic")
 _SMALL = 4096

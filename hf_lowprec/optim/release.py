@@ -34,9 +34,11 @@ from hf_lowprec.optim.freed import FreedGradient
 
 _RELEASED = "_hf_lowprec_released"  # on an optimizer: its GradientRelease
 
-# (optimizer, parameter, gradient) -> what the optimizer should see: `stepping`, a layer above, puts a recipe's
-# quantisation of weight gradients here, which otherwise happens when `step` begins.
-BEFORE_UPDATE: list[Callable[[Optimizer, Tensor, Tensor], Tensor]] = []
+# Called before the first update after a step: `stepping`, a layer above, tells the optimizer here through which
+# formats its recipes pass weight gradients, which it otherwise does when `step` begins.
+BEFORE_UPDATE: list[Callable[[LowPrecOptimizer], None]] = []
+# Called after every update, inside backward: low-precision copies of weights are outdated.
+AFTER_UPDATE: list[Callable[[], None]] = []
 
 
 def release_gradients(optimizer: LowPrecOptimizer) -> GradientRelease:
@@ -112,16 +114,20 @@ class GradientRelease:
                     "reentrant checkpointing of a module that runs twice). Use larger micro-batches, or remove() it"
                 )
             _check_one_process()
-            for change in BEFORE_UPDATE:
-                assert param.grad is not None
-                param.grad = change(optimizer, param, param.grad)
-            items = optimizer._collect([param])
+            plan = optimizer._plan
+            if not self._updated or plan is None:  # it looks at all parameters: once per backward, not for each
+                for tell in BEFORE_UPDATE:
+                    tell(optimizer)
+                plan = optimizer._plan_of_step()
+            items = optimizer._collect([param], plan=plan)
             try:
                 optimizer._update(items)
             finally:
                 optimizer._release(items)
             self._updated.add(id(param))
             param.grad = FreedGradient(param)
+            for note in AFTER_UPDATE:
+                note()
 
     def _end_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

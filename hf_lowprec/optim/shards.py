@@ -101,7 +101,8 @@ class Shard:
         """The rows that belong here of `value`, a DTensor or the whole tensor."""
         if not isinstance(value, DTensor):
             return value[self.row : self.row + self.rows]
-        if value.placements != self.placements or value.device_mesh != self.mesh:
+        here = value.device_mesh is self.mesh or value.device_mesh == self.mesh  # to compare them is slow
+        if not here or value.placements != self.placements:
             value = value.redistribute(self.mesh, self.placements)
         return local_of(value)
 
@@ -167,10 +168,14 @@ def check_shardable(item: Item) -> None:
             raise ValueError(f"{name}: no {what} on a sharded parameter; use blocks, or one scale per tensor")
 
 
-@torch.no_grad()
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, detached; another tensor as it is."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if not torch.is_grad_enabled():  # a step asks for hundreds, and does so without
+        return tensor.to_local().detach()
+    with torch.no_grad():
+        return tensor.to_local().detach()
 
 
 def rows_of(item: Item, grad: Tensor) -> Tensor:

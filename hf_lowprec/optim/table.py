@@ -7,7 +7,8 @@ import torch
 
 from hf_lowprec import describe
 from hf_lowprec.optim.states import NAMED, state_bytes
-from hf_lowprec.recipe import PRESETS, Quant, States
+from hf_lowprec.presets import PRESETS
+from hf_lowprec.recipe import Quant, States
 
 _LARGE = 1 << 24  # elements; counters and single scales vanish
 

@@ -126,6 +126,7 @@ def test_activations_are_saved_in_one_byte() -> None:
         return torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
 
     hf_lowprec.convert(linear, "te-current")
+    linear(x)  # the weight's own copies, two bytes a parameter, stay
     assert held(lambda: linear(x * 1.0)) < 1.05 * x.numel()
 
 

@@ -26,7 +26,7 @@ from transformers import LlamaForSequenceClassification, Trainer, TrainingArgume
 import hf_lowprec
 from hf_lowprec import ConversionError, RecipeError, _autoload
 from hf_lowprec.integrations.accelerate import resolve, settle_environment
-from hf_lowprec.recipe import PRESETS
+from hf_lowprec.presets import PRESETS
 
 _autoload.activate()
 FP8_LM = PRESETS["fp8-lm"]

@@ -15,14 +15,14 @@ from types import ModuleType
 import pytest
 from launching import LOOP, ROOT, hooked_path, launch, losses
 
-from hf_lowprec import _autoload, recipe
+from hf_lowprec import _autoload, presets
 
 
 def test_static_names_are_the_recipes():
     own = set(_autoload.OWNED_BY_ACCELERATE)
-    assert list(_autoload.PLANNED) == list(recipe.PLANNED)
-    assert list(_autoload.AVAILABLE) == [n for n in [*recipe.PRESETS, *recipe.ALIASES] if n not in own]
-    assert set(_autoload.RECIPES) == set(recipe.known_names()) - own
+    assert list(_autoload.PLANNED) == list(presets.PLANNED)
+    assert list(_autoload.AVAILABLE) == [n for n in [*presets.PRESETS, *presets.ALIASES] if n not in own]
+    assert set(_autoload.RECIPES) == set(presets.known_names()) - own
 
 
 # --- the hook alone: no torch in these processes ---------------------------------------------------------------------

@@ -159,9 +159,10 @@ def held_for_backward(model: nn.Module) -> int:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         for module in model.modules():
-            frozen = getattr(getattr(module, "_lowprec", None), "frozen", None)
-            for tensor in frozen or ():
-                keep(tensor)
+            kept = module._lowprec.weight_cache.quantized if hasattr(module, "_lowprec") else None
+            for tensor in kept or ():
+                if tensor is not None:
+                    keep(tensor)
     loss.backward()
     return sum(storages.values())
 
@@ -173,7 +174,7 @@ def test_lora_holds_no_more_than_bf16_lora(dtype):
     hf_lowprec.convert(ours, "fp8-lm")
     baseline, held = held_for_backward(plain), held_for_backward(ours)
     assert held <= baseline + 8 * LINEARS, (held, baseline)  # a float32 scale of each weight
-    frozen = [m._lowprec.frozen for m in ours.modules() if hasattr(m, "_lowprec")]
+    frozen = [m._lowprec.weight_cache.quantized for m in ours.modules() if hasattr(m, "_lowprec")]
     if dtype == torch.float32:
         weights = sum(m.weight.numel() for m in ours.modules() if hasattr(m, "_lowprec"))
         assert all(copy is not None for copy in frozen) and baseline - held >= 0.7 * weights

@@ -16,7 +16,8 @@ import hf_lowprec
 from hf_lowprec import LowPrecConfig
 from hf_lowprec.conversion import recipe_of
 from hf_lowprec.optim import AdamW
-from hf_lowprec.recipe import RecipeError, get_recipe
+from hf_lowprec.presets import get_recipe
+from hf_lowprec.recipe import RecipeError
 
 LOAD = """
 import sys, torch

@@ -18,7 +18,8 @@ from hf_lowprec import LowPrecCallback, LowPrecTrainingArguments
 from hf_lowprec.conversion import recipe_of
 from hf_lowprec.integrations import trainer as integration
 from hf_lowprec.optim import AdamW
-from hf_lowprec.recipe import RecipeError, get_recipe
+from hf_lowprec.presets import get_recipe
+from hf_lowprec.recipe import RecipeError
 
 
 @pytest.fixture

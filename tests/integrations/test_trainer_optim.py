@@ -19,7 +19,7 @@ from hf_lowprec.conversion import report_of
 from hf_lowprec.integrations import trainer_optim
 from hf_lowprec.integrations.trainer_optim import Choice, parse
 from hf_lowprec.optim.states import resolve_states
-from hf_lowprec.recipe import get_recipe
+from hf_lowprec.presets import get_recipe
 
 
 @pytest.fixture

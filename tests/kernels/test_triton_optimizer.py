@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -55,12 +56,43 @@ CASES: dict[str, dict[str, Any]] = {
     "SGD nesterov fp8-lm": {"make": "SGD", "states": "fp8-lm", "momentum": 0.9, "nesterov": True, "lr": 0.1},
     "SGD plain": {"make": "SGD", "lr": 0.1, "weight_decay": 0.1},
     "SGD plain fp8-lm": {"make": "SGD", "states": "fp8-lm", "lr": 0.1, "weight_decay": 0.1},
+    # Gradients through the communication format, every other one.
+    **{f"wired fp8-lm {name}": {"states": "fp8-lm", "wire": 1, "dtypes": [dtype]} for name, dtype in DTYPES.items()},
+    "wired, several ranks, clip": {"states": "fp8-lm", "wire": 2, "clip": 0.37, "sizes": [4608, 4100, 33, 0]},
+    "wired, one NaN": {"states": "fp8-lm", "wire": 1, "spoil": 1, "sizes": [4608, 4100, 33]},
+    "wired, by element": {"wire": 1, "spoil": 1, "nonfinite": "element", "dtypes": [B, F]},
+    "wired, not aligned": {"wire": 1, "skew": True},
+    "wired, clip that is NaN": {"states": "fp8-lm", "wire": 1, "clip": float("nan")},
+    "wired Lion": {"make": "Lion", "states": "fp8-lm", "wire": 1},
+    "wired SGD": {"make": "SGD", "wire": 1, "momentum": 0.9, "lr": 0.1},
+    "wired StableAdamW": {"make": "StableAdamW", "states": "fp8-lm", "wire": 1},
+    # Shards: random words go by the place in the whole tensor, scales by its gradient's amax.
+    "part": {"start": 5000},
+    "part of a large tensor": {"start": 2**32 - 2000, "dtypes": [B, F]},
+    **{f"part {s}": {"states": s, "start": 5120 * 2**21} for s in ("fp8-lm", "compact", "bf16")},
+    "part fp8-lm, not aligned": {"states": "fp8-lm", "start": 777},
+    # The new Parameters' amax.
+    **{f"amax {s}": {"states": s, "amax": True, "dtypes": [B, F, H], "sizes": [4100, 33]} for s in ("8bit", "fp8-lm")},
+    "amax compact": {"states": "compact", "amax": True, "wire": 1},
+    "amax master fp32": {"master": "fp32", "amax": True, "dtypes": [B, H]},
+    "amax, one NaN": {"amax": True, "spoil": 1, "dtypes": [B, F]},
+    "amax Lion, eps of 0": {"make": "Lion", "amax": True},
 }
 CASES["AdamW compact fp16"]["master"] = "sr"  # a residual needs bfloat16
+# The same for optimizers without kernels: arguments of `check_exchange`.
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "exchange": {},
+    "exchange, several ranks": {"ranks": 2},
+    "exchange, one NaN": {"spoil": 1},
+    "exchange, not aligned": {"skew": True},
+    "exchange, one size at the maximum": {"flat": True},
+    "exchange, halves on two ranks": {"ranks": 2, "halves": True},
+}
 QUICK = (
     *(f"AdamW {s} bf16" for s in STATES), "AdamW 8bit fp32", "AdamW 8bit fp16", "master bf16+16",
     "mixed dtypes and groups", "clip", "one NaN", "by element", "not contiguous", "not aligned", "Adam L2",
-    "Lion 8bit", "StableAdamW 8bit", "SGD 8bit", "SGD plain",
+    "Lion 8bit", "StableAdamW 8bit", "SGD 8bit", "SGD plain", "wired fp8-lm bf16", "wired, several ranks, clip",
+    "wired, one NaN", "wired, by element", "part", "part fp8-lm", "amax 8bit", "amax compact", "amax, one NaN",
 )  # fmt: skip
 
 
@@ -126,28 +158,134 @@ def set_gradients(params: list[nn.Parameter], step: int, spoil: int | None) -> N
 def check(
     make: str = "AdamW", states: str = "8bit", *, sizes: list[int] | None = None,
     dtypes: list[torch.dtype] | None = None, clip: float | None = None, spoil: int | None = None,
-    groups: bool = False, strided: bool = False, skew: bool = False, **options: Any,
+    groups: bool = False, strided: bool = False, skew: bool = False, wire: int = 0, amax: bool = False, start: int = 0,
+    **options: Any,
 ) -> None:  # fmt: skip
-    """Two steps of the truth and of the kernels; AssertionError names what differs."""
+    """Two steps of the truth and of the kernels; AssertionError names what differs.
+
+    wire: gradients pass through the communication format, as of one of so many ranks. amax: of the new Parameters.
+    start: where the tensors lie in whole ones, whose gradients are ten times as large elsewhere.
+    """
     from hf_lowprec import optim
+    from hf_lowprec.kernels.optimizer import Tables
     from hf_lowprec.optim import fused
 
+    made, quantizers = [], []
     sets = []
     for _ in range(2):
         params = parameters(sizes or [4608, 4100], dtypes or [B], strided=strided, skew=skew)
         halves: list[Any] = [{"params": params[::2], "weight_decay": 0.0}, {"params": params[1::2], "lr": 3e-3}]
         sets.append((params, getattr(optim, make)(halves if groups else params, states=states, **options)))
+        if wire:
+            quantizers.append(wired(*sets[-1], wire))
     kernels = fused.Fused(sets[1][1])
+    if amax:
+        sets[1][1].note_amax()
     factor = None if clip is None else torch.tensor(clip)
     for step in range(2):
         for params, _ in sets:
             set_gradients(params, step, spoil)
-        sets[0][1].step(clip=factor)
+        amaxes = None
+        if start:
+            amaxes = step_of_parts(sets[0][1], start)
+        else:
+            sets[0][1].step(clip=factor)
         optimizer = sets[1][1]
         items = optimizer._collect()
-        kernels.step(optimizer.algorithm, items, factor, None)
+        for item in items:
+            item.start = start
+        with mock.patch.object(fused, "Tables", lambda *args, **more: made.append(Tables(*args, **more)) or made[-1]):
+            kernels.step(optimizer.algorithm, items, factor, torch.tensor(True) if start else None, amaxes)
         optimizer._release(items)
         compare(*sets, where=f"step {step}")
+        if amax:
+            found = [p.detach().float() for p in sets[1][0]]
+            largest = [x[x.isfinite()].abs().amax().item() if x.isfinite().any() else 0.0 for x in found]
+            noted = [kernels.weight_amax(p) for p in sets[1][0]]
+            assert noted == largest, f"step {step}: {noted}, not {largest}"
+        for name in ("k", "saturated", "count") if wire else ():
+            a, b = (getattr(quantizer, name).tolist() for quantizer in quantizers)
+            assert a == b, f"step {step}: {name} is {b}, not {a}"
+    assert len(made) == 1 and made[0].wired == bool(wire)
+
+
+def step_of_parts(optimizer: Any, start: int) -> torch.Tensor:
+    """A step of the truth of tensors that begin there in whole ones; returns the amaxes of the gradients of those."""
+    from hf_lowprec.optim import algorithms
+
+    items = optimizer._collect()
+    for item in items:
+        item.start = start
+    amaxes = 10.0 * algorithms.gradient_amax(items)
+    algorithms.step(optimizer.algorithm, items, amax=amaxes, clip=None, finite=torch.tensor(True))
+    optimizer._release(items)
+    return amaxes
+
+
+def wired(params: list[nn.Parameter], optimizer: Any, ranks: int) -> Any:
+    """Has every other gradient quantised; mu is somewhere on its way."""
+    from hf_lowprec.optim.gradient import GradientQuantizer, GradientSwap
+    from hf_lowprec.presets import PRESETS
+
+    index = {p: i for i, p in enumerate(params[::2])}
+    communication = PRESETS["fp8-lm"].communication
+    assert communication is not None
+    quantizer = GradientQuantizer(communication, len(index), world_size=ranks)
+    quantizer.k += torch.arange(len(index), dtype=torch.int32) * 377 - 5 if ranks == 1 else 1234
+    GradientSwap(quantizer, index).attach(optimizer)
+    return quantizer
+
+
+def check_exchange(
+    *, ranks: int = 1, spoil: int | None = None, skew: bool = False, flat: bool = False,
+    halves: bool = False,
+) -> None:  # fmt: skip
+    """Three rounds of `Exchange` and of `quantize_all`, op by op. halves: the former has the first halves only, and is
+    told what there is to be seen of the others."""
+    from hf_lowprec.kernels.wires import AMAX, EXTREMES, FINITE, SEEN, Exchange
+
+    params = parameters([4608, 4100, 0, 1, 33], [B, F, H], skew=skew)
+    truth, found = (wired([p for p in params for _ in "ab"], mock.Mock(swaps=[]), ranks) for _ in range(2))
+    found.load_state_dict(truth.state_dict())
+    count = len(params)
+    wires = [found.wire(i, p.numel()) for i, p in enumerate(params)]
+    other = wired([p for p in params for _ in "ab"], mock.Mock(swaps=[]), ranks)  # a rank that has it all
+    whole = Exchange([p.detach() for p in params], [other.wire(i, p.numel()) for i, p in enumerate(params)])
+    exchange = Exchange([cut(p.detach(), halves) for p in params], wires)
+    seen = torch.zeros(count, SEEN, dtype=torch.int32)
+
+    def between(mine: torch.Tensor) -> None:
+        assert bool((mine <= seen).all())
+        mine[:, [AMAX, FINITE]] = seen[:, [AMAX, FINITE]]
+
+    def after(mine: torch.Tensor) -> None:
+        assert bool((mine[:, EXTREMES] <= seen[:, EXTREMES]).all())
+        mine[:, EXTREMES] = seen[:, EXTREMES]
+
+    meeting = {"between": between, "after": after} if halves else {}
+    for step in range(3):
+        set_gradients(params, step, spoil)
+        if flat:  # the paper's reason to halve mu, and twice a gradient of zeros
+            params[0].grad.fill_(448.0)
+            params[1].grad.zero_()
+        grads = [p.grad for p in params]
+        whole.run(grads, after=seen.copy_)
+        mine = [cut(grad, halves) for grad in grads]
+        ours = exchange.run([grad.clone() for grad in mine] if step == 1 and not skew else mine, **meeting)
+        theirs = {i: cut(grad, halves) for i, grad in truth.quantize_all(dict(enumerate(grads))).items()}
+        for i, grad in enumerate(ours):
+            assert grad.dtype == theirs[i].dtype and grad.shape == theirs[i].shape
+            assert torch.equal(grad.isnan(), theirs[i].isnan()), f"step {step}, gradient {i}: NaN elsewhere"
+            a, b = (x.nan_to_num(0.5).view(torch.int32 if x.itemsize == 4 else torch.int16) for x in (theirs[i], grad))
+            wrong = (a != b).nonzero().flatten().tolist()
+            assert not wrong, f"step {step}, gradient {i} {grad.dtype}: {len(wrong)} differ, at {wrong[:3]}"
+        for name in ("k", "saturated", "count"):
+            assert torch.equal(getattr(truth, name), getattr(found, name)), f"step {step}: {name}"
+    assert bool(found.saturated.any()) == flat or ranks > 1
+
+
+def cut(grad: torch.Tensor, halves: bool) -> torch.Tensor:
+    return grad[: grad.numel() // 2] if halves else grad
 
 
 def compare(truth: Any, found: Any, where: str) -> None:
@@ -174,7 +312,11 @@ def serve() -> None:
     for line in sys.stdin:
         error = None
         try:
-            check(**CASES[json.loads(line)])
+            name = json.loads(line)
+            if name in EXCHANGES:
+                check_exchange(**EXCHANGES[name])
+            else:
+                check(**CASES[name])
         except Exception:
             error = traceback.format_exc()
         print(json.dumps(error), flush=True)
@@ -210,6 +352,12 @@ def interpreted() -> Iterator[Callable[[str], str | None]]:
     "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_kernels_give_the_bits_of_the_truth(interpreted: Callable[[str], str | None], case: str) -> None:
+    error = interpreted(case)
+    assert error is None, error
+
+
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_gradients_for_other_optimizers(interpreted: Callable[[str], str | None], case: str) -> None:
     error = interpreted(case)
     assert error is None, error
 

@@ -14,7 +14,8 @@ from hf_lowprec.numerics import (
     scale_from_amax,
     sqnr,
 )
-from hf_lowprec.recipe import PRESETS, Quant, Rounding, Scaling
+from hf_lowprec.presets import PRESETS
+from hf_lowprec.recipe import Quant, Rounding, Scaling
 
 INF, NAN = float("inf"), float("nan")
 

@@ -15,7 +15,8 @@ from training import NAMES, bits, held, model_of, same, slow_beside, small, snap
 
 from hf_lowprec.optim import Adam, AdamW, GradientQuantizer, GradientSwap
 from hf_lowprec.optim import states as st
-from hf_lowprec.recipe import PRESETS, Quant, Rounding, Scaling, States
+from hf_lowprec.presets import PRESETS
+from hf_lowprec.recipe import Quant, Rounding, Scaling, States
 
 SR = Rounding(mode="stochastic")
 FP8_LM = small("fp8-lm")

@@ -16,11 +16,11 @@ from hf_lowprec.optim import fused
 class Batch:
     made = 0
 
-    def __init__(self, algorithm: str, items: Sequence[Any]) -> None:
+    def __init__(self, algorithm: str, items: Sequence[Any], wired: bool, amax: bool) -> None:
         type(self).made += 1
         self.items, self.device = list(items), torch.device("cpu")
 
-    def same(self, items: Sequence[Any]) -> bool:
+    def same(self, items: Sequence[Any], wired: bool) -> bool:
         return all(a is b for a, b in zip(items, self.items, strict=True))
 
     def step(self, *args: Any) -> torch.Tensor:

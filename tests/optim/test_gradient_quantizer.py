@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from hf_lowprec.optim import AdamW, GradientQuantizer, GradientSwap
-from hf_lowprec.recipe import PRESETS, Communication, Quant, Rounding, Scaling
+from hf_lowprec.presets import PRESETS
+from hf_lowprec.recipe import Communication, Quant, Rounding, Scaling
 
 FP8_LM = PRESETS["fp8-lm"].communication
 assert FP8_LM is not None
@@ -209,10 +210,9 @@ def linear() -> tuple[nn.Linear, GradientSwap]:
     return model, GradientSwap(quantizer(1), {model.weight: 0})
 
 
-@pytest.mark.parametrize("cls", [torch.optim.SGD, AdamW])
-def test_the_optimizer_sees_quantised_gradients_and_the_caller_his_own(cls):
+def test_the_optimizer_sees_quantised_gradients_and_the_caller_his_own():
     model, swap = linear()
-    optimizer = cls(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     detach = swap.attach(optimizer)
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.update(w=model.weight.grad, b=model.bias.grad))

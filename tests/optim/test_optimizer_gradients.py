@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from training import MAKE, bits, held, model_of, parameters, same, set_gradients, small, snapshot, train, weights
 
-from hf_lowprec.optim import AdamW, clip_factor
+from hf_lowprec.optim import AdamW, algorithms, clip_factor
 from hf_lowprec.recipe import Quant, Scaling, States
 
 # --- clipping -------------------------------------------------------------------------------------------------------
@@ -245,3 +246,14 @@ def test_states_that_somebody_replaced_or_removed_are_noticed():
                 del o.state[p[0]]
     assert torch.equal(weights(params), weights(twins)) and same(snapshot(optimizer), snapshot(twin)[::1])
     assert optimizer.state[params[0]]["step"] == 1 and optimizer.state[params[1]]["step"] == 4
+
+
+def test_the_largest_of_many_gradients_of_several_dtypes():
+    """What runs on a GPU, a few launches for each dtype, beside what runs on the CPU."""
+    dtypes = [torch.bfloat16, torch.float32, torch.float64, torch.float16]
+    grads = [torch.randn(1 + i, 7).to(dtypes[i % 4]) for i in range(9)]
+    grads[2][0, 3], grads[5][1, 1] = torch.nan, -torch.inf
+    found = algorithms._infinity_norms(grads)
+    assert [norm.dtype for norm in found] == [torch.promote_types(grad.dtype, torch.float32) for grad in grads]
+    expected = algorithms.gradient_amax([SimpleNamespace(grad=grad) for grad in grads])
+    torch.testing.assert_close(torch.stack([norm.float() for norm in found]), expected, rtol=0, atol=0, equal_nan=True)

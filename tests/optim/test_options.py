@@ -25,7 +25,8 @@ from training import (
 
 from hf_lowprec.formats import get_format
 from hf_lowprec.optim import SGD, Adam, AdamW, Lion, StableAdamW, mark_embeddings
-from hf_lowprec.recipe import FP8_LM_STATES, States
+from hf_lowprec.presets import FP8_LM_STATES
+from hf_lowprec.recipe import States
 
 
 class Tied(nn.Module):

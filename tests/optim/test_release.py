@@ -20,6 +20,7 @@ import hf_lowprec
 from hf_lowprec import optim
 from hf_lowprec.conversion import session_of
 from hf_lowprec.optim.freed import FreedGradient
+from hf_lowprec.optim.plan import Plan
 from hf_lowprec.optim.release import release_gradients
 
 ALTERNATIVE = "StableAdamW"
@@ -408,3 +409,32 @@ def test_in_the_trainer(tmp_path: Path) -> None:
 def test_in_a_trainer_that_needs_the_gradients(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="release"):
         trainer(tmp_path, **changes).train()
+
+
+# --- host time ------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_looked_through_once_per_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of Parameters, a look at all of them for each is more than the step."""
+    calls: list[int] = []
+    current, note_states = Plan.current, Plan.note_states
+    monkeypatch.setattr(Plan, "current", lambda *args: calls.append(1) or current(*args))
+    noted: list[int] = []
+
+    def counted(self: Plan, optimizer: Any, new: Any) -> None:
+        before = self._keys
+        note_states(self, optimizer, new)
+        assert self._keys is before, "it was made anew"
+        noted.append(len(new))
+
+    monkeypatch.setattr(Plan, "note_states", counted)
+    model = mlp(layers=10)
+    optimizer = MAKE["adamw-8bit"](model.parameters())
+    release_gradients(optimizer)
+    for step in range(2):
+        calls.clear()
+        backward(model, step)
+        assert len(calls) == (0 if step == 0 else 1), "the first backward makes the plan"
+        optimizer.step()
+        optimizer.zero_grad()
+    assert noted == [1] * 20

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton import knobs
 
 # The interpreter, which runs on a CPU, knows no PTX.
-_INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 _PACK = 4
 
 _RANGE = 127 << 23  # both ranges are 127 binades wide
@@ -81,7 +81,7 @@ def root_and_quotient(n, v, factor, eps, QUICK: tl.constexpr):
 
     QUICK needs factor in [1, 2^20] and eps in [0, 1]; elsewhere the compiler's own sequences run.
     """
-    if _INTERPRETED or not QUICK:
+    if INTERPRETED or not QUICK:
         root = tl.sqrt_rn(v)
         quotient = tl.div_rn(n, root * factor + eps)
     else:
@@ -99,7 +99,7 @@ def root_and_quotient(n, v, factor, eps, QUICK: tl.constexpr):
 @triton.jit
 def quotient(n, d):
     """n / d rounded to nearest, for d in [1, 4] and |n| <= 4; below 2^-80 only nearly."""
-    if _INTERPRETED:
+    if INTERPRETED:
         out = tl.div_rn(n, d)
     else:
         bits = tl.inline_asm_elementwise(
@@ -111,9 +111,33 @@ def quotient(n, d):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x rounded to nearest: what `div.rn` needs half as many instructions for if it is told so."""
+    if INTERPRETED:
+        out = tl.div_rn(1.0, x)
+    else:
+        out = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return out
+
+
+@triton.jit
+def larger_magnitude(a, b):
+    """max(|a|, |b|), NaN if one is. (`tl.maximum` beside stores of bytes is miscompiled, triton-lang/triton#11111.)"""
+    if INTERPRETED:
+        bits = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF, b.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        out = bits.to(tl.float32, bitcast=True)
+    else:
+        out = tl.inline_asm_elementwise(
+            "{ .reg .f32 s, t; abs.f32 s, $1; abs.f32 t, $2; max.NaN.f32 $0, s, t; }", "=f,f,f", [a, b],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
 def top_bytes(even, odd):
     """int32 whose two lowest bytes are the highest of `even` and of `odd`; the others are rubbish."""
-    if _INTERPRETED:
+    if INTERPRETED:
         out = ((even >> 24) & 0xFF) | ((odd >> 16) & 0xFF00)
     else:
         out = tl.inline_asm_elementwise(
@@ -125,7 +149,7 @@ def top_bytes(even, odd):
 @triton.jit
 def sign_bytes(even, odd):
     """int32 whose two lowest bytes are 255 where `even` and `odd` are negative, else 0; the others are rubbish."""
-    if _INTERPRETED:
+    if INTERPRETED:
         out = ((even >> 31) & 0xFF) | ((odd >> 31) & 0xFF00)
     else:
         out = tl.inline_asm_elementwise(
@@ -137,7 +161,7 @@ def sign_bytes(even, odd):
 @triton.jit
 def low_halves(even, odd):
     """The low halves of two int32, `even`'s below."""
-    if _INTERPRETED:
+    if INTERPRETED:
         out = (even & 0xFFFF) | (odd << 16)
     else:
         out = tl.inline_asm_elementwise(
@@ -149,7 +173,7 @@ def low_halves(even, odd):
 @triton.jit
 def high_halves(even, odd):
     """The high halves of two int32, `even`'s below."""
-    if _INTERPRETED:
+    if INTERPRETED:
         out = ((even >> 16) & 0xFFFF) | (odd & -0x10000)
     else:
         out = tl.inline_asm_elementwise(
@@ -161,7 +185,7 @@ def high_halves(even, odd):
 @triton.jit
 def saturated_bytes(a, b, c, d, SIGNED: tl.constexpr):
     """Words of four int32, `a` lowest, each held within a byte: [-128, 127] if SIGNED, else [0, 255]."""
-    if _INTERPRETED:
+    if INTERPRETED:
         LEAST: tl.constexpr = -128 if SIGNED else 0
         a = tl.minimum(tl.maximum(a, LEAST), LEAST + 255) & 0xFF
         b = tl.minimum(tl.maximum(b, LEAST), LEAST + 255) & 0xFF
@@ -178,3 +202,82 @@ def saturated_bytes(a, b, c, d, SIGNED: tl.constexpr):
             pack=1,
         )
     return out
+
+
+@triton.jit
+def through_e4m3(x):
+    """The nearest number of E4M3, saturated, in float32; needs sm_89."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 code, low, high; .reg .b32 both; cvt.rn.satfinite.e4m3x2.f32 code, $3, $2; "
+        "cvt.rn.f16x2.e4m3x2 both, code; mov.b32 {low, high}, both; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+        "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+_STORE_16, _STORE_32 = (
+    tl.constexpr(f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b{bits} [$1], $2; mov.u32 $0, 0; }}")
+    for bits in (16, 32)
+)
+
+
+@triton.jit
+def store_in_place(pointer, words, mask, HALF: tl.constexpr):
+    """`tl.store` of int32 (HALF: of their low halves) by the threads that have them. Triton would hand a few values to
+    other threads first, through shared memory and two barriers, to have neighbours store them."""
+    if INTERPRETED:
+        tl.store(pointer, words.to(pointer.dtype.element_ty), mask=mask)
+    else:
+        text: tl.constexpr = _STORE_16 if HALF else _STORE_32
+        tl.inline_asm_elementwise(
+            text, "=r,l,r,r", [pointer.to(tl.int64), words, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def not_speculated(words):
+    """The same words; but what is computed from them inside a branch is computed only where the branch is taken."""
+    if INTERPRETED:
+        out = words
+    else:
+        out = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+    return out
+
+
+# --- tables in shared memory -----------------------------------------------------------------------------------------
+# `tl.gather` brings its table to shared memory for every tile, between barriers. These tables are brought there once.
+
+
+_TABLES, _TABLES_SMALL, _TABLES_LEAST = (
+    tl.constexpr(f"{{ .shared .align 16 .b8 tables[{size}]; mov.u32 $0, tables; }}") for size in (19968, 8192, 2048)
+)
+
+
+@triton.jit
+def shared_tables(BYTES: tl.constexpr):
+    """Address of so many bytes of shared memory or more; to be called once in a kernel."""
+    text: tl.constexpr = _TABLES_LEAST if BYTES <= 2048 else _TABLES_SMALL if BYTES <= 8192 else _TABLES
+    tl.static_assert(BYTES <= 19968)
+    return tl.inline_asm_elementwise(text, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def store_shared(address, words):
+    """Stores 32-bit words at addresses in shared memory; `shared_ready` says when they may be read."""
+    tl.inline_asm_elementwise(
+        "st.shared.b32 [$1], $2; mov.u32 $0, 0;", "=r,r,r", [address, words], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def shared_ready(address):
+    """Waits for the stores of the whole program. Reads go by the address that this returns, so none comes earlier."""
+    tl.debug_barrier()
+    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load_shared(address):
+    """32-bit words at addresses in shared memory, which nobody writes any more."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=tl.int32, is_pure=True, pack=1
+    )

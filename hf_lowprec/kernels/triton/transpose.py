@@ -8,6 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_lowprec.kernels.triton.launch import Launcher, integer_key
+
+_BLOCK = 64
+
 
 @triton.jit
 def _copy_kernel(
@@ -22,6 +26,9 @@ def _copy_kernel(
     tl.store(target, tl.trans(tile), mask=(r[:, None] < rows) & (c[None, :] < out_cols))
 
 
+_launch = Launcher(_copy_kernel)
+
+
 def transpose(x: Tensor, *, pad_to: int = 1) -> Tensor:
     """`x` [R, C] of a one-byte dtype, any strides -> the same values, contiguous [R, C rounded up to `pad_to`].
 
@@ -30,9 +37,9 @@ def transpose(x: Tensor, *, pad_to: int = 1) -> Tensor:
     rows, cols = x.shape
     out_cols = -(-cols // pad_to) * pad_to
     out = torch.empty((rows, out_cols), dtype=x.dtype, device=x.device)
-    block = 64
-    grid = (triton.cdiv(rows, block), triton.cdiv(out_cols, block))
-    _copy_kernel[grid](
-        x.view(torch.uint8), out.view(torch.uint8), rows, cols, x.stride(0), x.stride(1), out_cols, block, block
-    )
+    integers = rows, cols, x.stride(0), x.stride(1), out_cols
+    key = (x.data_ptr() % 16, *map(integer_key, integers))
+    grid = -(-rows // _BLOCK), -(-out_cols // _BLOCK), 1
+    args = (x.view(torch.uint8), out.view(torch.uint8), *integers, _BLOCK, _BLOCK)
+    _launch(key, x.get_device(), grid, args)
     return out

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the structure of a model allows to be computed together is, and the report says what was not, and why.
+
+- Linears that read the same tensor quantise it once (`modules.sharing`).
+- Norms run in one kernel each way (`modules.norm`).
+- MLPs run their activation, product and quantisation in one kernel each way (`modules.glu`).
+
+Weights, names, children and hooks stay as they are: a fused module is its own class with another `forward`, which
+calls its children as modules. `unfuse` takes it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_lowprec.modules import LayerState
+from hf_lowprec.modules.glu import GLU, LowPrecGLU, fuse_glu, unfuse_glu
+from hf_lowprec.modules.linear import forward_is_replaced
+from hf_lowprec.modules.norm import LowPrecNorm, fuse_norm, norm_kind, unfuse_norm
+from hf_lowprec.modules.sharing import share_input
+from hf_lowprec.recipe import Recipe
+from hf_lowprec.report import ConversionReport
+from hf_lowprec.selection import matches
+from hf_lowprec.structure import Norm, find_structure
+
+
+def fuse(
+    model: nn.Module,
+    recipe: Recipe,
+    layers: Mapping[str, LayerState],
+    report: ConversionReport,
+    *,
+    emulate: bool,
+    patterns: Sequence[str] = (),
+) -> None:
+    """Fuse what can be in a model whose linears are converted, and write it into `report`.
+
+    emulate: the recipe is emulated on a GPU; norms then keep their own forward, which the fused one is compared with.
+        MLPs are fused all the same, since that carries out the recipe's `saved`.
+    patterns: of names of modules that stay as they are (`modules_to_not_convert`).
+    """
+    modules = dict(model.named_modules())
+
+    def reason_to_leave(name: str) -> str | None:
+        matched = next((pattern for pattern in patterns if matches(pattern, name)), None)
+        return None if matched is None else f"named by modules_to_not_convert ({matched})"
+
+    found = find_structure(model, {name: modules[name] for name in layers})
+    report.untraced = {name or type(model).__name__: reason for name, reason in found.failures.items()}
+    report.unfused_mlps = dict(found.unfused)
+    for group in found.shared:
+        # Without one scale for the whole tensor there is nothing to share that pays.
+        if all(layers[name].spec.shared_input for name in group):
+            share_input([layers[name] for name in group])
+            report.shared.append(group)
+    for name, norm in found.norms.items():
+        reason = "the recipe is emulated" if emulate else reason_to_leave(name)
+        reason = reason or _fuse_norm(modules[name], norm, layers)
+        if reason is None:
+            report.norms[name] = norm.readers
+            if not norm.readers:
+                report.unread[name] = norm.why
+        else:
+            report.unfused_norms[name] = reason
+    for name, parts in found.mlps.items():
+        reason = reason_to_leave(name) or _fuse_mlp(modules[name], parts, recipe)
+        if reason is None:
+            report.mlps[name] = formula(parts)
+        else:
+            report.unfused_mlps[name] = reason
+
+
+def _fuse_norm(module: nn.Module, norm: Norm, layers: Mapping[str, LayerState]) -> str | None:
+    """Why `module` stays as it is, or None."""
+    if forward_is_replaced(module):
+        return "its forward was replaced on the instance"
+    kind = norm_kind(module)
+    if kind is None:
+        return "no norm that there is a kernel for"
+    fuse_norm(module, kind, [layers[name] for name in norm.readers])
+    return None
+
+
+def _fuse_mlp(module: nn.Module, parts: GLU, recipe: Recipe) -> str | None:
+    """Likewise."""
+    try:
+        fuse_glu(module, parts, recipe.saved)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def formula(parts: GLU) -> str:
+    """`down_proj(silu(gate_proj(x)) * up_proj(x))`."""
+    if parts.up is None:
+        inner = f"{parts.act}({parts.gate}(x))"
+    elif parts.up == parts.gate:
+        halves = ("1", "2") if parts.gate_first else ("2", "1")
+        inner = f"{parts.act}({parts.gate}(x)[{halves[0]}]) * {parts.gate}(x)[{halves[1]}]"
+    else:
+        inner = f"{parts.act}({parts.gate}(x)) * {parts.up}(x)"
+    out = f"{parts.down}({inner})"
+    return out if parts.after is None else f"{parts.after}({out})"
+
+
+def unfuse(module: nn.Module) -> None:
+    """`module` as it was; nothing happens to one that is not fused."""
+    if isinstance(module, LowPrecNorm):
+        unfuse_norm(module)
+    elif isinstance(module, LowPrecGLU):
+        unfuse_glu(module)
+
+
+def is_fused(module: nn.Module) -> bool:
+    return isinstance(module, LowPrecNorm | LowPrecGLU)
+
+
+def fused_states(model: nn.Module) -> Iterator[Any]:
+    """What can be switched off by `enabled = False`."""
+    for module in model.modules():
+        for key in ("_lowprec_norm", "_lowprec_glu"):
+            if key in module.__dict__:
+                yield module.__dict__[key]

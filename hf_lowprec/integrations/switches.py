@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe brings besides low-precision linears, and how each of it is switched.
+
+| | argument of LowPrec...Arguments | of LowPrecConfig | environment | default |
+|---|---|---|---|---|
+| fused norms, GLUs, shared inputs (`hf_lowprec.convert(fuse=)`) | lowprec_fuse | fuse | HF_LOWPREC_FUSE | on |
+| a look at sdpa's backend (integrations/attention.py) | lowprec_attention | attention | HF_LOWPREC_ATTENTION | on |
+| output embedding and loss in one (integrations/loss.py) | lowprec_liger | liger | HF_LOWPREC_LIGER | off |
+
+An argument that is None leaves the word to the environment, where 0 is off and 1 is on.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from hf_lowprec.conversion import recipe_of, report_of, session_of
+
+ATTENTION_ENV, LIGER_ENV = "HF_LOWPREC_ATTENTION", "HF_LOWPREC_LIGER"
+SWITCHES = "_hf_lowprec_switches"  # on an Accelerator: what its Trainer's arguments said; on a model: LowPrecConfig's
+_SHARDING = ("FSDP", "DEEPSPEED")  # the output embedding's weight is whole during its own forward only
+_BASES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Switches(NamedTuple):
+    """None: not said."""
+
+    fuse: bool | None = None
+    attention: bool | None = None
+    liger: bool | None = None
+
+    def over(self, other: Switches) -> Switches:
+        """This, and where it says nothing, the other."""
+        return Switches(*(mine if mine is not None else theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+def read(name: str, default: bool) -> bool:
+    """An environment variable that switches. Raises ValueError for anything but 0, 1, or nothing."""
+    text = os.environ.get(name, "").strip()
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{name}={text!r}: 0 or 1")
+    return default if not text else text == "1"
+
+
+def settle(model: nn.Module, switches: Switches, device: torch.device, engine: str = "NO") -> None:
+    """Switch on around a converted model what is to be on, and put it into its report. Idempotent.
+
+    device: where the model will run; it may still be on the CPU. engine: accelerate's DistributedType. Raises
+    ImportError where liger-kernel is asked for and missing, ValueError where the model has no loss to fuse.
+    """
+    session, report, recipe = session_of(model), report_of(model), recipe_of(model)
+    if session is None or report is None or recipe is None:
+        return
+    wants_attention = read(ATTENTION_ENV, True) if switches.attention is None else switches.attention
+    wants_liger = read(LIGER_ENV, False) if switches.liger is None else switches.liger
+    if wants_attention and report.attention is None and device.type == "cuda":
+        from hf_lowprec.integrations import attention
+
+        root = session.root
+        report.attention = attention.watch(root, device, _BASES.get(recipe.base, torch.bfloat16))
+        session.on_end(lambda: attention.unwatch(root))
+    if wants_liger and report.loss is None and engine in _SHARDING:
+        report.loss = f"stock ({LIGER_ENV} has no effect under {engine})"
+    elif wants_liger and report.loss is None:
+        from hf_lowprec.integrations import loss
+
+        root = session.root
+        report.loss = loss.fuse_loss(root)
+        session.on_end(lambda: loss.unfuse_loss(root))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hf_lowprec::glu and glu_backward on CUDA: fused kernels for per-tensor FP8 and FP16, plain torch for the rest."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_lowprec.kernels.quantize import _plan, quantize
+from hf_lowprec.kernels.triton.glu import Hidden, Policy, forward
+from hf_lowprec.kernels.triton.glu_backward import backward
+from hf_lowprec.numerics import ACTIVATIONS
+from hf_lowprec.ops.glu import default_glu, default_glu_backward
+from hf_lowprec.ops.quantize import sample_stride
+from hf_lowprec.ops.registry import count
+
+_INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _policy(quant: str, ready: bool) -> Policy | None:
+    """None: the fused kernels do not cover it."""
+    plan = _plan(quant)
+    if plan is None:
+        return None
+    scale = {"none": "constant", "static": "constant", "delayed": "ready" if ready else "delayed"}.get(plan.method)
+    return Policy(plan.number, plan.dtype, plan.constants, scale or plan.method, plan.constant_scale)
+
+
+@cache
+def _casts_fp8(device: torch.device) -> bool:
+    """Whether the GPU converts to float8; the kernels have no other way. (The interpreter's device is the CPU.)"""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _covered(gate: Tensor, up: Tensor | None, act: str) -> bool:
+    same = up is None or (up.dtype == gate.dtype and up.shape == gate.shape)
+    known = gate.dtype in _INPUTS and act in ACTIVATIONS and _casts_fp8(gate.device)
+    return same and known and gate.numel() > 0 and gate.dim() > 0
+
+
+def glu(
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    write: bool,
+    quant: str | None,
+    scale: Tensor | None,
+    amax: Tensor | None,
+    counts: Tensor | None,
+    seed: Tensor | None,
+    ready: bool,
+    saved: str | None,
+) -> list[Tensor]:
+    if not _covered(gate, up, act):
+        return default_glu(gate, up, act, write, quant, scale, amax, counts, seed, ready, saved)
+    hidden = None if quant is None else _policy(quant, ready and scale is not None)
+    kept = None if saved is None else _policy(saved, False)
+    if (hidden is None) != (quant is None) or (kept is None) != (saved is None):
+        count("glu in several passes")
+        return _in_passes(gate, up, act, write, quant, scale, amax, counts, seed, ready, saved)
+    count("fused glu")
+    codes = None
+    if hidden is not None:
+        follows = hidden.scale in ("delayed", "ready")
+        if hidden.scale == "delayed" and scale is None:
+            hidden = hidden._replace(scale="current")
+        given, noted = (scale, amax) if follows else (None, None)
+        codes = Hidden(hidden, given, noted, counts, sample_stride(gate.numel()))
+    return forward(gate, up, act, write=write, hidden=codes, kept=kept)
+
+
+def _in_passes(
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    write: bool,
+    quant: str | None,
+    scale: Tensor | None,
+    amax: Tensor | None,
+    counts: Tensor | None,
+    seed: Tensor | None,
+    ready: bool,
+    saved: str | None,
+) -> list[Tensor]:
+    """For policies that the fused kernel does not know: h by the kernel, its casts and those for backward after it."""
+    (h,) = forward(gate, up, act, write=True, hidden=None, kept=None)
+    out = [h] if write else []
+    if quant is not None:
+        out += quantize(h.view(-1, h.shape[-1]), quant, scale, False, amax, counts, seed, ready)
+    if saved is not None:
+        for tensor in (gate, up):
+            if tensor is not None:
+                out += quantize(tensor, saved, None, False, None, None, None)
+    return out
+
+
+def glu_backward(
+    grad: Tensor,
+    gate: Tensor,
+    gate_scale: Tensor | None,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    act: str,
+    saved: str | None,
+    grad_gate: Tensor,
+    grad_up: Tensor | None,
+) -> None:
+    kept = None if saved is None else _policy(saved, False)
+    fits = _covered(grad, None, act) and grad_gate.dtype == grad.dtype
+    if not fits or (kept is None) != (saved is None):
+        default_glu_backward(grad, gate, gate_scale, up, up_scale, act, saved, grad_gate, grad_up)
+    else:
+        backward(grad, gate, gate_scale, up, up_scale, act, grad_gate, grad_up)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One quantised tensor for all who read it: q, k and v; gate and up; a norm or an activation and the linear behind it.
+
+`share_input` tells linears that they read the same tensor: their input state becomes one, and the first of them that
+sees a tensor quantises it for all. `hand_over` is for producers that quantise what they have just computed, in the
+same pass over memory.
+
+Whose copy it is decides the identity of the tensor object and its `_version`, never the order or number of calls: a
+linear that meets another tensor, alone, once more, or in a recomputation, quantises for itself, and nothing is wrong.
+Under torch.compile each does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowprec import ops
+from hf_lowprec.functional import OperandState, Quantized, quantize_matrix
+from hf_lowprec.modules.state import LayerState
+
+
+class HandOver:
+    """A tensor's quantised form, for as long as that tensor lives and is not written."""
+
+    def __init__(self) -> None:
+        self._tensor: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._capturing = False
+        self.value: Quantized | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, _: dict[str, Any]) -> None:
+        HandOver.__init__(self)
+
+    def put(self, tensor: Tensor, value: Quantized) -> None:
+        # Weakly, or the copy would outlive a tensor that nobody asks about.
+        self._tensor = weakref.ref(tensor, self._forget)
+        self._version = _version(tensor)
+        self._capturing = _capturing(tensor)
+        self.value = value
+
+    def get(self, tensor: Tensor) -> Quantized | None:
+        if self._tensor is None or self._tensor() is not tensor or self._version != _version(tensor):
+            return None
+        # A replayed CUDA graph writes tensors without raising versions: what it computes stays within it.
+        return self.value if self._capturing == _capturing(tensor) else None
+
+    def drop(self) -> None:
+        self._tensor = self.value = None
+
+    def _forget(self, reference: weakref.ref[Tensor]) -> None:
+        if self._tensor is reference:
+            self.drop()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors have none
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class SharedInput:
+    """The linears that read one tensor, and its quantised form while they do."""
+
+    def __init__(self, members: Sequence[LayerState]) -> None:
+        self.members = list(members)
+        self._slot = HandOver()
+        self._observed = False
+        self._taken: set[int] = set()
+
+    def quantize(self, member: LayerState, x: Tensor, *, observe: bool, columns: bool) -> Quantized:
+        """Q(x), and transposed if `columns`; the one that another member made if there is one."""
+        found = self._slot.get(x)
+        if found is None or (observe and not self._observed):
+            quant = member.spec.fprop_input
+            assert quant is not None
+            found = quantize_matrix(
+                x, quant, member.operands[0], ready=member.ready[0], observe=observe, columns=columns
+            )
+            if not x.is_inference():  # has no version: nobody would see that it was written in between
+                self.put(x, found, observe)
+        elif columns and found.transposed is None:
+            found = found._replace(transposed=ops.transposed(found.rows))
+            self._slot.value = found
+        self._taken.add(id(member))
+        if len(self._taken) == len(self.members):
+            self.drop()
+        return found
+
+    def put(self, x: Tensor, quantized: Quantized, observed: bool) -> None:
+        self._slot.put(x, quantized)
+        self._observed = observed
+        self._taken.clear()
+
+    def drop(self) -> None:
+        self._slot.drop()
+        self._taken.clear()
+
+    def set_operand(self, operand: OperandState) -> None:
+        for member in self.members:
+            member.operands = (operand, *member.operands[1:])
+
+
+def share_input(states: Sequence[LayerState]) -> None:
+    """Let linears that read the same tensor quantise it once. Idempotent.
+
+    Raises ValueError: their recipes quantise the input differently, or some share with others already.
+    """
+    states = list(dict.fromkeys(states))
+    known = states[0].shared
+    if known is not None and known.members == states:
+        return
+    if any(state.shared is not None and len(state.shared.members) > 1 for state in states):
+        raise ValueError("some of these layers share their input with others already: unshare them first")
+    first = states[0].spec
+    wanted = (first.fprop_input, first.wgrad_input, first.shared_input)
+    if any((s.spec.fprop_input, s.spec.wgrad_input, s.spec.shared_input) != wanted for s in states):
+        raise ValueError("layers that quantise their input differently cannot share it")
+    if not first.shared_input:
+        return  # a policy whose quantised form is not the tensor's alone
+    group = SharedInput(states)
+    for state in states:
+        state.shared = group
+    group.set_operand(states[0].operands[0])
+
+
+def unshare(states: Sequence[LayerState]) -> None:
+    """Undo `share_input` for the groups of these layers: each goes on with a copy of the state."""
+    for group in {id(s.shared): s.shared for s in states if s.shared is not None}.values():
+        for member in group.members:
+            copied = (None if t is None else t.clone() for t in member.operands[0])
+            member.operands = (OperandState(*copied), *member.operands[1:])  # type: ignore[arg-type]
+            member.shared = None
+
+
+def hand_over(state: LayerState, x: Tensor, quantized: Quantized) -> None:
+    """`quantized` is Q(x) by `state.input_operand()`: the linear of `state`, and those that share its input, use it.
+
+    The producer has noted amax and counts if gradients are enabled now. `x` is the tensor object that the linear will
+    be called with. Eager mode only.
+    """
+    if state.shared is None:
+        state.shared = SharedInput([state])
+    state.shared.put(x, quantized, torch.is_grad_enabled())

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench_step.py and its kin: which cases run, what their numbers mean, and what is drawn from them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in list(sys.modules):
+        if (BENCHMARKS / f"{name}.py").is_file():
+            sys.modules.pop(name)
+
+
+def test_contenders() -> None:
+    from step_cases import CASES, MICRO, parse
+
+    for _, _, names in (*CASES, *MICRO):
+        assert names[0] == "bf16" and len(set(names)) == len(names)
+        for name in names:
+            parse(name)
+    ours = parse("te-current@bf16+compact+liger-loss+none")
+    assert (ours.name, ours.dtype, ours.states, ours.weight_cache, ours.ours) == (
+        "te-current", "bf16", "compact", "none", True)  # fmt: skip
+    assert not parse("torchao-rowwise+compile").ours and not parse("bf16@bf16+liger").ours
+    for wrong in ("fp8-lm@fp16", "bf16+8bit", "torchao+liger-loss", "fp8-lm+liger", "fp8-lm+8bit+4bit"):
+        with pytest.raises(ValueError, match=wrong.replace("+", r"\+")):
+            parse(wrong)
+
+
+def test_flops_and_utilisation() -> None:
+    import torch
+    from step_cases import flops_per_step, utilisation
+
+    layers = {"embed_tokens": (100, 8), "q": (8, 8), "lm_head": (100, 8), "norm": (8,)}
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in layers.items()})
+    found = flops_per_step(model, {"num_hidden_layers": 3, "hidden_size": 8}, "2x10x4")
+    assert found == 80 * (6 * (64 + 800) + 6 * 3 * 8 * 10)
+    assert utilisation(98.94e12, 1000, "NVIDIA H100 80GB HBM3") == {"tflops": 98.9, "mfu_bf16": 0.1, "mfu_fp8": 0.05}
+    assert utilisation(1e12, 1000, "some GPU") == {"tflops": 1.0}
+
+
+def test_every_call_measures_its_baseline_again(tmp_path: Path) -> None:
+    from argparse import Namespace
+
+    from bench_step import plan
+
+    def args(only: list[str], **more: Any) -> Namespace:
+        base = {"device": "cuda", "warmup": 3, "steps": 7, "micro": False, "again": False, "any_source": False}
+        return Namespace(only=only, **{**base, **more})
+
+    here = {"gpu": "a", "libraries": {"torch": "1"}, "package_sha256": "x"}
+    settings = {"device": "cuda", "warmup": 3, "steps": 7, "status": "ok"}
+    stored = [
+        {"model_name": "8b", "batch": "2x4096x1", "recipe": recipe, **settings, "environment": {**here, **source}}
+        for recipe, source in (("bf16", {}), ("fp8-lm", {}), ("te-current", {"package_sha256": "y"}),
+                               ("bf16+liger", {"package_sha256": "y"}))
+    ]  # fmt: skip
+    only = [f"8b/2x4096x1/{name}$" for name in ("bf16", "fp8-lm", "te-current", "bf16+liger")]
+    wanted, kept, waiting = plan(args(only), stored, here)
+    assert [case["recipe"] for case in wanted] == ["bf16", "fp8-lm", "te-current", "bf16+liger"]
+    assert set(kept) == {f"8b/2x4096x1/{name}" for name in ("bf16", "fp8-lm", "bf16+liger")}
+    assert [case["recipe"] for case in waiting] == ["bf16", "te-current"], "other source; the baseline once more"
+    assert plan(args(only[:2]), stored, here)[2] == []
+    _, _, waiting = plan(args(["1b/1x2048x4/te", "8b/1x2048x4/te-current$"]), stored, here)
+    assert [(c["model_name"], c["recipe"]) for c in waiting] == [
+        ("1b", "bf16"), ("1b", "te-current"), ("1b", "te-delayed"), ("8b", "bf16"), ("8b", "te-current")]  # fmt: skip
+
+
+def test_ratios_are_to_the_baseline_of_the_same_shape() -> None:
+    from bench_step import add_ratios
+
+    def case(model: str, recipe: str, ms: float, peak: float | None = 10.0) -> dict[str, Any]:
+        return {"model_name": model, "batch": "b", "recipe": recipe, "status": "ok", "step_ms": ms, "peak_gib": peak}
+
+    cases = [
+        case("8b", "bf16", 200),
+        case("8b", "x", 100, 4.0),
+        case("1b", "x", 100),
+        {**case("8b", "y", 1), "status": "no"},
+    ]
+    add_ratios(cases)
+    assert [c.get("ratio") for c in cases] == [1.0, 0.5, None, None] and cases[1]["peak_ratio"] == 0.4
+
+
+def test_the_step_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "results" / "step.json"
+    command = [sys.executable, str(BENCHMARKS / "bench_step.py"), "--micro", "--device", "cpu", "--steps", "1",
+               "--warmup", "1", "--only", "tiny/2x64x2/fp8-lm@bf16+8bit", "liger", "--out", str(out)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cases = {case["recipe"]: case for case in json.loads(out.read_text())["cases"]}
+    assert set(cases) == {"bf16", "fp8-lm@bf16+8bit", "bf16+liger"}
+    ours = cases["fp8-lm@bf16+8bit"]
+    assert ours["ratio"] == pytest.approx(ours["step_ms"] / cases["bf16"]["step_ms"], abs=1e-3)
+    assert "dynamic8" in ours["summary"] and "mfu_bf16" not in ours and ours["host_ms"] > 0
+    if cases["bf16+liger"]["status"] != "ok":
+        assert "SKIPPED: tiny/2x64x2/bf16+liger: not installed: liger_kernel" in done.stdout
+
+
+def gpu_case(recipe: str, ms: float, **more: Any) -> dict[str, Any]:
+    libraries = {"torch": "2", "transformers": "5"}
+    return {
+        "model_name": "8b", "batch": "2x4096x1", "recipe": recipe, "status": "ok", "step_ms": ms, "ratio": ms / 200,
+        "peak_gib": 40.0, "peak_ratio": 1.0, "mfu_bf16": 0.4, "weights_gib": 8.0, "states_gib": 15.0, "held_gib": 24.0,
+        "environment": {"gpu": "H100", "commit": "0" * 40, "libraries": libraries}, **more,
+    }  # fmt: skip
+
+
+def test_figures_of_steps_kernels_and_break_even(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from plot import draw
+
+    environment = gpu_case("bf16", 1)["environment"]
+    cells = [[w, t, 2.0, 2.0 * r] for w, r in ((1024, 1.4), (4096, 0.6)) for t in (512, 8192)]
+    share = {"status": "ok", "copy_share": 0.93, "gb_per_s": 2800.0, "environment": environment}
+    results: dict[str, Any] = {
+        "step": [gpu_case(*pair) for pair in (("bf16", 200), ("fp8-lm@bf16", 108), ("torchao", 360))],
+        "breakeven": [{"recipe": "te-current", "cells": cells, "environment": environment}],
+        "kernels": [{"kernel": "quantise, 8192 x 4096", **share}, {"kernel": "small, 16 x 16", **share}],
+    }  # fmt: skip
+    for name, cases in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"benchmark": name, "cases": cases}))
+    for name in ("step", "memory", "breakeven", "kernels"):
+        assert draw(name, tmp_path, tmp_path), name
+        assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+    old = [{k: v for k, v in case.items() if k != "held_gib"} for case in results["step"]]
+    (tmp_path / "step.json").write_text(json.dumps({"benchmark": "step", "cases": old}))
+    assert draw("step", tmp_path, tmp_path) and not draw("memory", tmp_path, tmp_path)
+    assert "no case of step.json has held_gib" in capsys.readouterr().out
+
+
+def test_every_kernel_case_runs(tmp_path: Path) -> None:
+    """On the CPU, through the plain-torch operators: that names, arguments and bytes hold together."""
+    from bench_kernels import calls_in_turn
+    from kernel_cases import FAMILIES
+
+    names = []
+    for family, cases in FAMILIES.items():
+        for case in cases(32, 64, "cpu"):
+            calls_in_turn(case, "cpu")()
+            assert (case.moved > 0) != (case.operations > 0)
+            names.append(f"{family} {case.name}")
+    assert len(set(names)) == len(names) > 40
+
+
+def test_the_break_even_map_runs_at_toy_size(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "breakeven.json"
+    command = [sys.executable, str(BENCHMARKS / "bench_breakeven.py"), "--micro", "--device", "cpu", "--recipes",
+               "te-current", "--out", str(out)]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    (case,) = json.loads(out.read_text())["cases"]
+    assert [cell[:2] for cell in case["cells"]] == [[64, 32], [64, 64], [128, 32], [128, 64]]
+    assert all(base > 0 and ours > 0 for _, _, base, ours in case["cells"])
+
+
+def test_kernels_are_grouped_by_what_they_do() -> None:
+    from profile_step import group_of, tally
+
+    known = {
+        "nvjet_sm90_qrtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "GEMM fp8",
+        "nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NTT": "GEMM 16/32 bit",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
+        "step_kernel": "optimizer",
+        "_cast_kernel": "quantise, transpose",
+        "void at::native::bfloat16_copy_kernel_cuda(at::TensorIteratorBase&)": "copies, casts",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<float>": "other elementwise",
+    }
+    assert {name: group_of(name) for name in known} == known
+    groups = tally([(name, 2, 1.5) for name in known] + [("_amax_kernel", 1, 3.0)])
+    assert next(iter(groups)) == "quantise, transpose" and groups["quantise, transpose"]["ms"] == 4.5
+    assert sum(group["launches"] for group in groups.values()) == 15
