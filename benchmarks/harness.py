@@ -107,7 +107,12 @@ def reusable(case: dict[str, Any], settings: dict[str, Any], here: dict[str, Any
     there = case["environment"]
     candidate = parse_recipe(case["recipe"])[0] != BASELINE
     same_source = any_source or not candidate or there["package_sha256"] == here["package_sha256"]
-    return there["gpu"] == here["gpu"] and there["libraries"] == here["libraries"] and same_source
+    return there["gpu"] == here["gpu"] and installed(there) == installed(here) and same_source
+
+
+def installed(conditions: dict[str, Any]) -> dict[str, str]:
+    """Versions of what is there: which absent libraries are listed, too, changes with the benchmarks."""
+    return {name: version for name, version in conditions["libraries"].items() if version is not None}
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:

@@ -149,12 +149,10 @@ def glu(rows: int, columns: int, device: str) -> Iterator[Case]:
         return Case(f"GLU {name}", make, moved * n)
 
     yield forward("forward", 6)
-    yield forward("forward + quantise", 5, write=False, quant=delayed, ready=True)
+    yield forward("forward + quantise", 5, write=False, quant=delayed)
     yield forward("forward + quantise, current", 9, write=False, quant=current)
-    yield forward(
-        "forward + quantise, inputs saved in E4M3", 11, write=False, quant=delayed, ready=True, saved=current
-    )
-    yield forward("forward + quantise, GELU (tanh)", 5, act="gelu_tanh", write=False, quant=delayed, ready=True)
+    yield forward("forward + quantise, inputs saved in E4M3", 11, write=False, quant=delayed, saved=current)
+    yield forward("forward + quantise, GELU (tanh)", 5, act="gelu_tanh", write=False, quant=delayed)
     yield backward("backward", 10)
     yield backward("backward, inputs saved in E4M3", 8, saved=current)
     yield backward("backward, GELU (tanh)", 10, act="gelu_tanh")
