@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,14 @@ from hf_lowprec.selection import Choice, break_even, matches, select, weight_of
 from hf_lowprec.session import Session, live_sessions, session_of
 
 FUSE_ENV = "HF_LOWPREC_FUSE"
+
+
+class _Options(NamedTuple):
+    """What a conversion was made with. It lives in its Session, and is copied with it."""
+
+    fuse: bool
+    min_numel: int
+    emulate: bool
 
 
 class ConversionError(ValueError):
@@ -54,7 +62,7 @@ def convert(
         module_filter_fn: called with (module, name); False leaves the module alone.
         emulate: on a GPU without FP8 tensor cores, compute the same numbers slowly instead of raising.
         fuse: quantise a tensor once for all linears that read it, fuse norms and MLPs (docs/fusing.md).
-            None: unless the environment variable HF_LOWPREC_FUSE is 0.
+            None: as the environment variable HF_LOWPREC_FUSE says, 0 or 1; it is on where that is unset.
         min_numel: leave linears in the base precision whose weight has fewer elements. None: the size below which FP8
             gains nothing on this GPU (`selection.BREAK_EVEN`); 0: convert all sizes.
 
@@ -62,10 +70,14 @@ def convert(
 
     Raises:
         RecipeError: unknown, planned or malformed recipe.
-        ConversionError: nn.DataParallel; already converted with another recipe; a GPU that cannot run it natively; a
-            field of a user's own recipe that this version does not carry out.
+        ConversionError: nn.DataParallel; already converted with another recipe, `fuse` or `min_numel` (None: as it
+            is), or now to be emulated; a GPU that cannot run it natively; a field of a user's own recipe that this
+            version does not carry out.
         NothingConvertedError: the recipe quantises GEMMs and no module qualified.
+        TypeError, ValueError: an argument, or HF_LOWPREC_FUSE, is none of its values.
     """
+    check_switch("fuse", fuse)
+    _check_min_numel(min_numel)
     chosen = get_recipe(recipe)
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes an nn.Module, not a {type(model).__name__}: load the model first")
@@ -79,7 +91,10 @@ def convert(
     existing = session_of(model)
     if existing is not None:
         _check_same(existing, model, chosen, excluded, module_filter_fn)
+        _check_same_options(existing, fuse, min_numel, emulate)
         return existing.report
+    if fuse is None:
+        fuse = read_switch(FUSE_ENV, True)
     _release_orphans(model)
     _refuse_what_nothing_reads(chosen)
     emulated = _emulates(model, chosen, emulate)
@@ -102,8 +117,9 @@ def convert(
         layers[name] = state
         module._lowprec = state  # type: ignore[assignment]
         set_class(module, low_precision_class(module))  # type: ignore[arg-type]
-    Session.begin(model, chosen, report, ScalingState(chosen, layers))
-    if layers and (os.environ.get(FUSE_ENV) != "0" if fuse is None else fuse):
+    session = Session.begin(model, chosen, report, ScalingState(chosen, layers))
+    session.options = _Options(fuse, min_numel, always)
+    if layers and fuse:
         on_gpu = always and torch.cuda.is_available()
         fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
     stepping.install_hooks()
@@ -182,6 +198,23 @@ def report_of(model: nn.Module) -> ConversionReport | None:
     return None if session is None else session.report
 
 
+# --- switches -------------------------------------------------------------------------------------------------------
+
+
+def read_switch(name: str, default: bool) -> bool:
+    """An environment variable that switches. Raises ValueError for anything but 0, 1, or nothing."""
+    text = os.environ.get(name, "").strip()
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{name}={text!r}: 0 or 1")
+    return default if not text else text == "1"
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: True, False or None")
+
+
 # --- what convert checks first --------------------------------------------------------------------------------------
 
 
@@ -238,6 +271,32 @@ def _check_same(
             f"a part of the model is already converted, {len(outside)} linears beside it are not ({outside[0]!r}): "
             "call hf_lowprec.revert on the part and convert the whole"
         )
+
+
+def _check_same_options(existing: Session, fuse: bool | None, min_numel: int | None, emulate: bool) -> None:
+    """Likewise. `emulate` cannot be left out, so False asks for nothing."""
+    done = existing.options
+    if not isinstance(done, _Options):
+        return
+    asked = _Options(
+        done.fuse if fuse is None else fuse,
+        done.min_numel if min_numel is None else min_numel,
+        emulate or done.emulate,
+    )
+    for name, was, value in zip(_Options._fields, done, asked, strict=True):
+        if was != value:
+            raise ConversionError(
+                f"the model is already converted with {name}={was}, not {value}; call hf_lowprec.revert(model) first"
+            )
+
+
+def _check_min_numel(min_numel: object) -> None:
+    if min_numel is None:
+        return
+    if isinstance(min_numel, bool) or not isinstance(min_numel, int):
+        raise TypeError(f"min_numel={min_numel!r}: a number of elements, or None")
+    if min_numel < 0:
+        raise ValueError(f"min_numel={min_numel}: 0 or more")
 
 
 def _refuse_what_nothing_reads(recipe: Recipe) -> None:

@@ -36,6 +36,7 @@ class Session:
         self.report = report
         self.scaling = scaling
         self._at_end: list[Callable[[], None]] = []
+        self.options: tuple[object, ...] = ()  # what `convert` was asked for beside the recipe
         self.gradients: GradientQuantizer | None = None
         if recipe.communication is not None:
             self.gradients = GradientQuantizer(recipe.communication, len(scaling.layers))

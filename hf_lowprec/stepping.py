@@ -53,7 +53,7 @@ _FOLLOWED: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, ...
 )
 
 
-# One per session: an optimizer whose step raised leaves its swap to be undone by the next one.
+# One per session: a step of torch's optimizers that raised leaves its swap to be undone by the next one or `revert`.
 _SWAPS: weakref.WeakKeyDictionary[Session, optim.GradientSwap] = weakref.WeakKeyDictionary()
 
 # The optimizers attached to a session, and what the report says of each.
@@ -222,7 +222,10 @@ def _swap(session: Session) -> optim.GradientSwap | None:
     if session.gradients is None:
         return None
     index: dict[torch.Tensor, int] = {w: i for i, w in enumerate(session.weights().values())}
-    swap = _SWAPS.setdefault(session, optim.GradientSwap(session.gradients, index))
+    swap = _SWAPS.get(session)
+    if swap is None:
+        swap = _SWAPS[session] = optim.GradientSwap(session.gradients, index)
+        session.on_end(swap.close)
     swap.index = index
     return swap
 

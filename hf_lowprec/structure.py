@@ -3,7 +3,8 @@
 that tensor, which modules are MLPs that are an activation and a product between linears.
 
 There is no table of model classes. Who reads what is seen in one forward pass without arithmetic (`tracing`); what an
-MLP computes is read off the graph of its own forward (torch.fx); which function its activation is, by calling it.
+MLP computes is read off the graph of its own forward (torch.fx), if that is straight-line code; which function its
+activation is, by calling it.
 
 Nothing that is found here is trusted with correctness. A quantised tensor is handed from module to module with the
 identity of the tensor that it belongs to, so a forward pass that goes another way only loses the gain.
@@ -131,7 +132,15 @@ def _find_mlps(model: nn.Module, linears: Mapping[str, nn.Module], out: Structur
         try:
             if forward_is_replaced(module):
                 raise _NoMatch("its forward was replaced on the instance")
-            found = _Matcher(module, set(units)).match()
+            skeleton = tracing.skeleton_of(module)
+            problem = tracing.straight_line(skeleton)
+            if problem is not None:
+                raise _NoMatch(f"its forward {problem}")
+            found, in_training = (
+                _Matcher(_in_mode(skeleton, mode), module, set(units)).match() for mode in (False, True)
+            )
+            if found != in_training:
+                raise _NoMatch("it computes something else in training")
         except Exception as error:  # a forward that fx cannot follow may raise anything
             if _has_activation(module, units):
                 out.unfused[name] = str(error) if isinstance(error, _NoMatch) else f"its forward: {_short(error)}"
@@ -151,7 +160,7 @@ def _unit(module: nn.Module | None, names: Mapping[int, str]) -> str | None:
 
 def _has_activation(module: nn.Module, units: Mapping[str, str]) -> bool:
     others = (part for child, part in module._modules.items() if child not in units and part is not None)
-    return any(activation_name(part) not in (None, "identity") for part in others)
+    return any(name not in (None, "identity") for part in others for name in _names(part))
 
 
 def _short(error: Exception) -> str:
@@ -171,10 +180,10 @@ class _Children(fx.Tracer):
 class _Matcher:
     """`down(act(gate(x)) * up(x))`, the same with one linear for gate and up, or `down(act(up(x)))`; nothing else."""
 
-    def __init__(self, module: nn.Module, units: set[str]) -> None:
+    def __init__(self, skeleton: nn.Module, module: nn.Module, units: set[str]) -> None:
         self.module = module
         self.units = units
-        self.graph = _Children().trace(tracing.skeleton_of(module))
+        self.graph = _Children().trace(skeleton)
         self.visited: set[fx.Node] = set()
 
     def match(self) -> GLU:
@@ -271,6 +280,10 @@ class _Matcher:
             self._only(node)
             if _hooks(part):
                 raise _NoMatch(f"hooks sit on {node.target}")
+            for inner in part.modules():
+                own = not type(inner).__module__.startswith("torch.")
+                if own and (problem := tracing.straight_line(inner)) is not None:
+                    raise _NoMatch(f"the forward of {node.target} {problem}")
             name = activation_name(part)
         elif node.op == "call_function" and callable(node.target):
             constants = [*node.args[1:], *node.kwargs.values()]
@@ -293,9 +306,34 @@ _POINTS = torch.cat([torch.linspace(-6.0, 6.0, 49), torch.tensor([-30.0, -12.0, 
 
 
 def activation_name(function: nn.Module | Callable[[Tensor], Any]) -> str | None:
-    """Which of `numerics.ACTIVATIONS` it computes, found by calling it; None for another one, or one with weights."""
-    if isinstance(function, nn.Module) and [*function.parameters(), *function.buffers()]:
-        return None
+    """Which of `numerics.ACTIVATIONS` it computes, found by calling it; None for another one, one with weights, or a
+    module that computes something else in training."""
+    names = _names(function)
+    return names.pop() if len(names) == 1 else None
+
+
+def _in_mode(module: nn.Module, training: bool) -> nn.Module:
+    """`module`, whose own `train`, which may do more, is not called."""
+    for part in module.modules():
+        part.training = training
+    return module
+
+
+def _names(function: nn.Module | Callable[[Tensor], Any]) -> set[str | None]:
+    """What it computes in evaluation and in training. Leaves its mode as it is."""
+    if not isinstance(function, nn.Module):
+        return {_named(function)}
+    if [*function.parameters(), *function.buffers()]:
+        return {None}
+    modes = [(module, module.training) for module in function.modules()]
+    try:
+        return {_named(_in_mode(function, mode)) for mode in (False, True)}
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _named(function: Callable[[Tensor], Any]) -> str | None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             values = function(_POINTS.clone())

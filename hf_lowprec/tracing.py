@@ -12,13 +12,17 @@ And dropout would be the identity in evaluation: it makes a new tensor here, as 
 
 from __future__ import annotations
 
+import builtins
 import copy
+import dis
+import functools
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
+from types import BuiltinFunctionType, MethodType
 from typing import Any
 
 import torch
@@ -151,6 +155,118 @@ class _Skeleton:
 def _meta(tensor: Tensor) -> Tensor:
     """Of the full size also where this rank holds a shard (DeepSpeed keeps that size beside an empty tensor)."""
     return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
+
+
+# --- straight-line code ---------------------------------------------------------------------------------------------
+#
+# One graph stands for a forward only if every call of it runs the same operations and does nothing else. That is read
+# off its bytecode, which may hold no jump, no block and no store outside of its own variables, and whose names must
+# each be a function of tensors, a child, a constant, or a method of the same kind.
+
+_MOVES = {"NOP", "RESUME", "PRECALL", "PUSH_NULL", "KW_NAMES", "POP_TOP", "COPY", "SWAP", "COPY_FREE_VARS", "CALL",
+          "CALL_KW", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "UNPACK_SEQUENCE", "BINARY_OP", "BINARY_SUBSCR",
+          "BINARY_SLICE", "BUILD_TUPLE", "BUILD_SLICE", "UNARY_NEGATIVE", "DELETE_FAST"}  # fmt: skip
+_STORED = {"STORE_FAST": 1, "STORE_FAST_LOAD_FAST": 1, "STORE_FAST_STORE_FAST": 2}  # how many of the names
+_LOADS = {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_LOAD_FAST", *_STORED}
+_ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD"}
+_REFUSED = {"STORE_ATTR": "stores attributes", "DELETE_ATTR": "stores attributes", "STORE_SUBSCR": "stores items",
+            "DELETE_SUBSCR": "stores items", "STORE_SLICE": "stores items", "STORE_GLOBAL": "stores globals",
+            "STORE_DEREF": "has functions inside", "MAKE_CELL": "has functions inside",
+            "MAKE_FUNCTION": "has functions inside", "BEFORE_WITH": "has a with block",
+            "BEFORE_ASYNC_WITH": "has a with block", "LOAD_SUPER_ATTR": "calls super", "FOR_ITER": "has a loop",
+            "JUMP_BACKWARD": "has a loop"}  # fmt: skip
+_PURE = (len, int, float, tuple, slice, min, max, abs)
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
+
+
+def straight_line(module: nn.Module) -> str | None:
+    """None where the forward of `module` is straight-line code; else what it is or does, to follow "its forward"."""
+    own = module.__dict__.get("forward")
+    return _code(own.__func__ if isinstance(own, MethodType) else type(module).forward, module, set())
+
+
+def _code(function: Any, module: nn.Module, known: set[Any]) -> str | None:
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return "is no Python function"
+    if code in known:
+        return "calls itself"
+    steps = list(dis.get_instructions(code))
+    for step in steps:
+        if step.opname in _REFUSED:
+            return _REFUSED[step.opname]
+    if any(step.opcode in dis.hasjrel or step.opcode in dis.hasjabs for step in steps):
+        return "has branches"
+    if code.co_exceptiontable:
+        return "has a try block"
+    this = code.co_varnames[0] if code.co_argcount else None
+    outer = {**vars(builtins), **function.__globals__}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        outer[name] = cell.cell_contents
+    at = 0
+    while at < len(steps):
+        step, problem = steps[at], None
+        at += 1
+        path: list[str] = []
+        while at + len(path) < len(steps) and steps[at + len(path)].opname in _ATTRIBUTES:
+            path.append(str(steps[at + len(path)].argval))
+        if step.opname in _LOADS:
+            names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            if this in names and (names[-1] != this or not path or this in names[: _STORED.get(step.opname, 0)]):
+                return f"uses {this} as a whole"
+            if names[-1] == this:
+                problem = _value(module, path, module, {*known, code})
+                at += len(path)
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
+            if step.argval not in outer:
+                return f"uses {step.argval}"
+            problem = _value(outer[step.argval], path, module, {*known, code}) and f"calls {step.argval}"
+            if problem and path:
+                problem = f"calls {'.'.join((str(step.argval), *path))}"
+            at += len(path)
+        elif step.opname in _ATTRIBUTES:  # of a tensor, as far as is known
+            problem = None if hasattr(Tensor, step.argval) else f"uses {step.argval}"
+        elif step.opname not in _MOVES:
+            problem = f"is no straight line ({step.opname})"
+        if problem is not None:
+            return problem
+    return None
+
+
+def _value(value: Any, path: list[str], module: nn.Module, known: set[Any]) -> str | None:
+    """Why an attribute may not be used, or None. `known`: the code that uses it."""
+    name = ".".join(path)
+    mine = value is module
+    for key in path:
+        if isinstance(inspect.getattr_static(type(value), key, None), property | functools.cached_property):
+            return f"uses {name}"
+        try:
+            value = getattr(value, key)
+        except AttributeError:
+            return f"uses {name}"
+    if isinstance(value, MethodType) and value.__self__ is module:
+        inner = _code(value.__func__, module, known)
+        return None if inner is None else f"calls {name}, which {inner}"
+    if isinstance(value, functools.partial) and not any(map(callable, (*value.args, *value.keywords.values()))):
+        value = value.func
+    if isinstance(value, _CONSTANTS) or (mine and isinstance(value, nn.Module)) or _is_pure(value):
+        return None
+    return f"{'calls' if callable(value) else 'uses'} {name}"
+
+
+def _is_pure(value: Any) -> bool:
+    """A function of tensors, or of numbers."""
+    if any(value is function for function in _PURE) or (isinstance(value, BuiltinFunctionType) and
+                                                        vars(math).get(value.__name__) is value):  # fmt: skip
+        return True
+    return id(value) in _tensor_functions()
+
+
+@functools.cache
+def _tensor_functions() -> frozenset[int]:
+    """Of torch: those that work on tensors, and so can be overridden; not what sets modes, seeds or checkpoints."""
+    listed = torch.overrides.get_overridable_functions()
+    return frozenset(id(function) for functions in listed.values() for function in functions)
 
 
 # --- recording ------------------------------------------------------------------------------------------------------

@@ -563,3 +563,56 @@ def test_encoder_layers_with_a_path_around_forward_are_left_alone() -> None:
     report = hf_lowprec.convert(model, "fp8-lm")
     assert report.converted == ["1"]
     assert "nn.TransformerEncoderLayer reads its weight directly" in report.skipped["0.linear1"]
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    ({"fuse": "no"}, TypeError, "fuse='no': True, False or None"), ({"fuse": 0}, TypeError, "fuse=0"),
+    ({"min_numel": -1}, ValueError, "min_numel=-1"), ({"min_numel": True}, TypeError, "min_numel=True"),
+    ({"min_numel": 1.5}, TypeError, "min_numel=1.5"), ({"min_numel": "1"}, TypeError, "min_numel='1'"),
+])  # fmt: skip
+def test_options_of_another_kind_are_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    model = llama()
+    with pytest.raises(error, match=words):
+        hf_lowprec.convert(model, "te-current", **options)
+    assert session_of(model) is None and converted_names(model) == []
+
+
+@pytest.mark.parametrize("value", ["off", "false", "2", "no"])
+def test_the_environment_says_0_or_1(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_LOWPREC_FUSE", value)
+    model = llama()
+    with pytest.raises(ValueError, match=f"HF_LOWPREC_FUSE='{value}': 0 or 1"):
+        hf_lowprec.convert(model, "te-current")
+    assert session_of(model) is None and converted_names(model) == []
+    assert hf_lowprec.convert(model, "te-current", fuse=True).mlps, "an argument leaves the environment out"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(("first", "second", "words"), [
+    ({"fuse": False}, {"fuse": True}, "with fuse=False, not True"), ({}, {"fuse": False}, "with fuse=True, not False"),
+    ({"min_numel": 1}, {"min_numel": 2}, "with min_numel=1, not 2"), ({}, {"min_numel": 9}, "with min_numel=0, not 9"),
+    ({}, {"emulate": True}, "with emulate=False, not True"),
+])  # fmt: skip
+def test_converting_again_with_other_options_is_refused(
+    first: dict[str, Any], second: dict[str, Any], words: str, copied: bool
+) -> None:
+    model = llama()
+    report = hf_lowprec.convert(model, "te-current", **first)
+    for same in ({}, first, {"fuse": None, "min_numel": None}):
+        assert hf_lowprec.convert(model, "te-current", **same) is report
+    if copied:
+        model = copy.deepcopy(model)
+    with pytest.raises(hf_lowprec.ConversionError, match=words):
+        hf_lowprec.convert(model, "te-current", **second)
+    hf_lowprec.revert(model)
+    hf_lowprec.convert(model, "te-current", **second)
+
+
+def test_the_environment_asks_nothing_of_a_converted_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    report = hf_lowprec.convert(model, "te-current")
+    monkeypatch.setenv("HF_LOWPREC_FUSE", "0")
+    assert hf_lowprec.convert(model, "te-current") is report

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -243,6 +244,84 @@ def test_what_cannot_be_fused_says_why() -> None:
     module.forward = lambda x: x
     with pytest.raises(ValueError, match="replaced on the instance"):
         fuse_glu(module, KINDS["llama"])
+
+
+@pytest.mark.parametrize("change", ["another", "forward", "hook", "pre", "backward", "function"])
+def test_an_activation_that_was_touched_is_called(change: str) -> None:
+    ours, own = pair()
+    called: list[str] = []
+
+    def replaced(x: Tensor) -> Tensor:
+        called.append("forward")
+        return x.relu()
+
+    for module in (ours, own):
+        act: Any = module.act_fn
+        if change == "another":
+            module.act_fn = nn.ReLU()
+        elif change == "forward":
+            act.forward = replaced
+        elif change == "hook":
+            act.register_forward_hook(lambda m, args, out: out * 2)
+        elif change == "pre":
+            act.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+        elif change == "backward":
+            act.register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))
+        else:
+            del module.act_fn
+            module.act_fn = torch.relu
+    assert_same(run(ours, batch(3, WIDTH)), run(own, batch(3, WIDTH)))
+    assert len(called) == 2 * (change == "forward")
+
+
+def test_fused_again_once_the_hook_is_gone() -> None:
+    ours, _ = pair()
+    fused = run(ours, batch(64, WIDTH))
+    ours.act_fn.register_forward_hook(lambda m, args, out: None).remove()
+    assert ours._lowprec_glu.holds(ours)
+    assert_same(run(ours, batch(64, WIDTH)), fused)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other._lowprec_glu.holds(other)
+        other.act_fn = nn.ReLU()
+        assert not other._lowprec_glu.holds(other)
+
+
+def test_a_function_that_is_an_attribute() -> None:
+    module: Any = Own()
+    fuse_glu(module, GLU("gate", None, "down", "relu"))
+    assert module._lowprec_glu.holds(module)
+    module.act = torch.sigmoid
+    x = batch(3, WIDTH)
+    assert torch.equal(module(x), module.down(module.gate(x).sigmoid()))
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.act: Any = torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)))
+
+
+def test_a_class_whose_forward_was_replaced_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libraries patch models that exist already; also for copies made afterwards, not for what is fused then."""
+    ours, own = pair()
+    cls = type(own)
+    before = pickle.dumps(ours)
+    plain = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: 2 * plain(self, x))
+    x = batch(3, WIDTH)
+    for other in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(other(x), own(x))
+        unfuse_glu(other)
+        assert type(other) is cls
+    later, _ = pair()  # whoever fuses says what the forward of now computes
+    assert not torch.equal(later(x), own(x))
+    monkeypatch.undo()
+    assert isinstance(pickle.loads(before), LowPrecGLU)
+    assert torch.equal(later(x), own(x))
 
 
 # --- the operator ---------------------------------------------------------------------------------------------------

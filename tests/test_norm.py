@@ -239,6 +239,45 @@ def test_own_forward_where_it_is_not_fused() -> None:
     assert torch.equal(ours.double()(x64), module.double()(x64))  # no rule: not fused
 
 
+@pytest.mark.parametrize("path", ["llama.LlamaRMSNorm", "LayerNorm"])
+def test_another_eps_than_when_it_was_fused(path: str) -> None:
+    pytest.importorskip("transformers")
+    module, x = make(path), batch(4, WIDTH) * 1e-2
+    ours = fused(module)
+    y = ours(x)
+    name = "eps" if hasattr(module, "eps") else "variance_epsilon"
+    for each in (ours, module):
+        setattr(each, name, 0.5)
+    for other in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(other(x), module(x)) and not torch.equal(other(x), y)
+    setattr(ours, name, dict(ours._lowprec_norm.settings)[name])
+    assert torch.equal(ours(x), y)
+
+
+def test_an_eps_that_was_left_to_the_dtype() -> None:
+    module, x = nn.RMSNorm(WIDTH), batch(4, WIDTH) * 1e-2
+    ours = fused(module)
+    ours.eps = module.eps = 0.5
+    assert torch.equal(ours(x), module(x))
+
+
+def test_a_class_whose_forward_was_replaced_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(nn.LayerNorm):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
+
+    ours, x = fused(Mine(WIDTH)), batch(4, WIDTH)
+    ours(x)
+    assert ours._lowprec_norm.rules
+    plain = Mine.forward
+    monkeypatch.setattr(Mine, "forward", lambda self, input: 2 * plain(self, input))
+    for other in (ours, copy.deepcopy(ours)):
+        assert torch.equal(other(x), 2 * nn.LayerNorm(WIDTH)(x))
+    assert norm_kind(Mine(WIDTH)) is None, "found out again"
+    unfuse_norm(ours)
+    assert type(ours) is Mine
+
+
 def test_small_inputs_are_left_to_torchs_own_norms() -> None:
     """They are one C++ call each way."""
     for module, least in ((nn.LayerNorm(WIDTH), True), (nn.RMSNorm(WIDTH), True), (make("llama.LlamaRMSNorm"), False)):

@@ -376,7 +376,7 @@ def test_handed_over_to_a_layer_of_no_group() -> None:
     assert counted_rows(other) == counted_rows(plain)
 
 
-def test_a_tensor_without_memory_is_not_read() -> None:
+def test_what_is_handed_over_is_not_read_again() -> None:
     plain, other = blocks()
     state = other.out._lowprec
     h = batch(2, 9, 48)
@@ -386,7 +386,7 @@ def test_a_tensor_without_memory_is_not_read() -> None:
     out.sum().backward()
     expected.sum().backward()
     assert same_bits(out, expected) and same_bits(other.out.weight.grad, plain.out.weight.grad)
-    assert other.out(nowhere).isnan().all(), "taken once: who comes without it sees at once"
+    assert other.out(nowhere).isnan().all(), "taken once"
 
 
 def test_operands_of_layers_that_take_none() -> None:
@@ -410,3 +410,25 @@ def test_slots_forget_in_copies() -> None:
     assert slot.get(x) is not None and copy.deepcopy(slot).get(x) is None
     x.add_(1)
     assert slot.get(x) is None
+    slot.put(x, Quantized(x, x.sum()))
+    x.data = batch(2, seed=1)
+    assert slot.get(x) is None
+    square = batch(3, 3)
+    slot.put(square, Quantized(square, square.sum()))
+    square.data = square.data.t()
+    assert slot.get(square) is None
+    slot.put(square, Quantized(square, square.sum()))
+    square.data = square.data[:2]
+    assert slot.get(square) is None
+
+
+def test_other_data_in_between() -> None:
+    """The same tensor object is another tensor after `h.data = ...`."""
+
+    def run(block: Block, x: Tensor) -> Tensor:
+        h = block.norm(x).detach()
+        first = block.q(h)
+        h.data = h.data * 3 + 1
+        return first + block.v(h) + 0 * x.sum()
+
+    assert_alike(*blocks("te-current"), run)

@@ -259,6 +259,45 @@ def test_a_failing_step_gives_the_gradients_back() -> None:
     assert model[0].weight.grad is own and same_bits(own, value)
 
 
+@pytest.mark.parametrize("reverted_first", [True, False])
+def test_an_optimizer_of_ours_whose_step_raised_is_free_after_revert(reverted_first: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    hf_lowprec.convert(model, "fp8-lm")
+    optimizer = optim.SGD(model.parameters(), lr=1.0, states="fp32")
+
+    def failing() -> None:
+        if reverted_first:
+            hf_lowprec.revert(model)
+            assert optimizer.swaps == [], "`revert` undoes it by itself"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(failing)
+    assert optimizer.swaps == []
+    hf_lowprec.revert(model)
+    weight = model[0].weight
+    before, weight.grad = weight.detach().clone(), batch(64, 64)
+    optimizer.step()
+    assert same_bits(weight.detach(), before - weight.grad)
+
+
+def test_revert_gives_back_the_gradients_of_a_step_that_raised() -> None:
+    class Failing(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            raise ZeroDivisionError
+
+    model = linear()
+    model(batch(5, 32)).sum().backward()
+    own = model[0].weight.grad
+    with pytest.raises(ZeroDivisionError):
+        Failing(model.parameters(), lr=0.1).step()
+    assert model[0].weight.grad is not own
+    hf_lowprec.revert(model)
+    assert model[0].weight.grad is own
+
+
 # --- attaching ------------------------------------------------------------------------------------------------------
 
 

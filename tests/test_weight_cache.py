@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights are cast once per optimizer step, and every way to change a weight is noticed."""
+"""In training weights are cast once per optimizer step, and every way to change a weight is noticed."""
 
 from __future__ import annotations
 
@@ -54,11 +54,14 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> Casts:
     return Casts(monkeypatch)
 
 
-def model_of(recipe: str = "te-current", policy: str = "both", dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = mlp().to(dtype)
+def model_of(recipe: str = "te-current", policy: str = "both", followed: bool = True) -> nn.Module:
+    """followed: as after a first step, from which on copies are kept."""
+    model = mlp()
     hf_lowprec.convert(model, recipe, fuse=False)
     for layer in layers(model):
         layer.weight_cache.policy = policy
+        if followed:
+            layer.weight_cache.close_step()
     return model
 
 
@@ -74,21 +77,67 @@ def fresh(model: nn.Module, recipe: str = "te-current") -> nn.Module:
 
 
 BOTH, ROWS, COLUMNS = (True, True), (True, False), (False, True)
+EACH_USE = [ROWS, ROWS, COLUMNS, COLUMNS]
 
 
-@pytest.mark.parametrize(
-    ("policy", "expected"), [("both", [BOTH] * 2), ("one", [ROWS] * 2), ("none", [ROWS, ROWS, COLUMNS, COLUMNS] * 3)]
-)
+@pytest.mark.parametrize(("policy", "expected"), [("both", [BOTH] * 2), ("one", [ROWS] * 2), ("none", EACH_USE * 3)])
 def test_once_per_step(policy: str, expected: list[tuple[bool, bool]], casts: Casts) -> None:
-    """Three micro-batches; `none` casts in every forward and backward pass."""
-    model = model_of(policy=policy)
+    """Three micro-batches; `none`, and before the first step everything, casts in every forward and backward pass."""
+    model = model_of(policy=policy, followed=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    for _ in range(2):
+    for step in range(3):
         for seed in range(3):
             model(batch(4, 32, seed=seed)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert casts.take() == expected
+        assert casts.take() == (expected if step else EACH_USE * 3)
+
+
+def test_training_by_hand_without_an_optimizer() -> None:
+    """No step tells that the weights have changed; a step of another model's optimizer says nothing about this one."""
+    model, other = model_of(followed=False), model_of("fp8-lm", followed=False)
+    x, target = batch(16, 32), batch(16, 32, seed=1)
+    other(x).square().mean().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - target).square().mean()
+        assert same_bits(loss.detach(), (fresh(model)(x) - target).square().mean().detach())
+        loss.backward()
+        for p in model.parameters():
+            p.data -= 1.0 * p.grad
+            p.grad = None
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0], losses
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_moving_averages_are_evaluated(grad: bool) -> None:
+    """Swapped in and out through `.data`, more than once within one evaluation."""
+    model, x = model_of(followed=False), batch(5, 32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+    own = [p.detach().clone() for p in model.parameters()]
+    in_training = model(x).detach()
+    model.eval()
+    with torch.set_grad_enabled(grad):
+        for values in (own, average, own, average, own):
+            for p, value in zip(model.parameters(), values, strict=True):
+                p.data.copy_(value)
+            out = model(x).detach()
+            assert same_bits(out, fresh(model)(x).detach()) and same_bits(out, in_training) is (values is own)
+    assert same_bits(model.train()(x).detach(), in_training)
+
+
+def test_no_grad_in_the_middle_of_training_reads_the_weight() -> None:
+    model, x = model_of(), batch(5, 32)
+    model(x)
+    _data_write(model)
+    with torch.no_grad():
+        assert same_bits(model(x), fresh(model)(x))
 
 
 @pytest.mark.parametrize("recipe", ["fp8-lm", "te-delayed", "te-current", "fp8-cscale"])
@@ -183,7 +232,7 @@ def test_changes_are_noticed(change: str, grad: bool) -> None:
     x = batch(5, 32)
     with torch.set_grad_enabled(grad):
         stale = model(x).detach()
-        assert all(layer.weight_cache.quantized is not None for layer in layers(model))
+        assert all((layer.weight_cache.quantized is not None) is grad for layer in layers(model))
     CHANGES[change](model)
     with torch.set_grad_enabled(grad):
         out, expected = model(x).detach(), fresh(model)(x).detach()
@@ -208,18 +257,16 @@ def test_weights_changed_outdates_all_models(casts: Casts) -> None:
     assert casts.take() == [BOTH] * 4
 
 
-def test_evaluation_and_generation_cast_once(casts: Casts) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_keeps_nothing(training: bool, casts: Casts) -> None:
     model = llama()
     report = hf_lowprec.convert(model, "fp8-lm", fuse=False)
-    model.eval()
-    ids = token_ids(2, 8)
-    out = model.generate(ids, max_new_tokens=5, do_sample=False)
-    assert casts.take() == [ROWS] * len(report.converted)
-    assert all(layer.weight_cache.quantized.transposed is None for layer in layers(model))
     for layer in layers(model):
-        layer.weight_cache.policy = "none"
-        layer.weight_cache.drop()
-    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), out)
+        layer.weight_cache.close_step()
+    model.train(training)
+    model.generate(token_ids(2, 8), max_new_tokens=5, do_sample=False)
+    assert casts.take() == [ROWS] * 5 * len(report.converted)
+    assert all(layer.weight_cache.quantized is None for layer in layers(model))
 
 
 def test_training_after_an_evaluation_looks_again(casts: Casts) -> None:
@@ -231,8 +278,7 @@ def test_training_after_an_evaluation_looks_again(casts: Casts) -> None:
     model(batch(5, 32))
     assert casts.take() == [BOTH] * 2, "looked at again, for the amax"
     assert all(float(layer.operands[1].amax) > 0 for layer in layers(model))
-    with torch.no_grad():
-        model(batch(5, 32))
+    model(batch(5, 32))
     assert not casts.take() and not casts.transposes
 
 
@@ -335,6 +381,7 @@ def test_conv1d_keeps_its_own_layout(casts: Casts) -> None:
         model = nn.Sequential(pytorch_utils.Conv1D(48, 32))
         hf_lowprec.convert(model, "te-current")
         model[0]._lowprec.weight_cache.policy = policy
+        model[0]._lowprec.weight_cache.close_step()
         x = batch(5, 32).requires_grad_()
         out = model(x)
         out.square().sum().backward()
@@ -347,6 +394,7 @@ def test_conv1d_keeps_its_own_layout(casts: Casts) -> None:
 
 def test_only_one_scale_for_the_tensor_is_kept() -> None:
     cache = WeightCache()
+    cache.close_step()
     rows = hf_lowprec.Recipe.from_dict(
         {"name": "rows", "fprop": {slot: {"format": "e4m3fn", "scaling": {"granularity": "row"}}
                                    for slot in ("input", "weight")}}

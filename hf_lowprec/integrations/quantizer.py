@@ -19,7 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowprec import _autoload
-from hf_lowprec.conversion import convert
+from hf_lowprec.conversion import check_switch, convert
 from hf_lowprec.integrations.switches import SWITCHES, Switches, settle
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Recipe
@@ -35,7 +35,7 @@ class LowPrecConfig(QuantizationConfigMixin):
     modules_to_not_convert: names or regular expressions of modules to leave alone, added to the defaults.
     fuse, attention, liger: what comes with a recipe (integrations/switches.py); None follows the environment.
 
-    Raises RecipeError for an unknown or malformed recipe.
+    Raises RecipeError for an unknown or malformed recipe, TypeError for a switch that is not True, False or None.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class LowPrecConfig(QuantizationConfigMixin):
         if quant_method != _METHOD:
             raise ValueError(f"quant_method: {quant_method!r} is not {_METHOD!r}")
         self.quant_method = _METHOD  # type: ignore[assignment]  # an enum that is closed upstream
+        for name, value in (("fuse", fuse), ("attention", attention), ("liger", liger)):
+            check_switch(name, value)
         self.recipe = get_recipe(recipe)
         if isinstance(modules_to_not_convert, str):
             modules_to_not_convert = [modules_to_not_convert]

@@ -7,18 +7,18 @@
 | a look at sdpa's backend (integrations/attention.py) | lowprec_attention | attention | HF_LOWPREC_ATTENTION | on |
 | output embedding and loss in one (integrations/loss.py) | lowprec_liger | liger | HF_LOWPREC_LIGER | off |
 
-An argument that is None leaves the word to the environment, where 0 is off and 1 is on.
+An argument that is None leaves the word to the environment, where 0 is off, 1 is on, and another
+value an error.
 """
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from hf_lowprec.conversion import recipe_of, report_of, session_of
+from hf_lowprec.conversion import read_switch, recipe_of, report_of, session_of
 
 ATTENTION_ENV, LIGER_ENV = "HF_LOWPREC_ATTENTION", "HF_LOWPREC_LIGER"
 SWITCHES = "_hf_lowprec_switches"  # on an Accelerator: what its Trainer's arguments said; on a model: LowPrecConfig's
@@ -38,14 +38,6 @@ class Switches(NamedTuple):
         return Switches(*(mine if mine is not None else theirs for mine, theirs in zip(self, other, strict=True)))
 
 
-def read(name: str, default: bool) -> bool:
-    """An environment variable that switches. Raises ValueError for anything but 0, 1, or nothing."""
-    text = os.environ.get(name, "").strip()
-    if text not in ("", "0", "1"):
-        raise ValueError(f"{name}={text!r}: 0 or 1")
-    return default if not text else text == "1"
-
-
 def settle(model: nn.Module, switches: Switches, device: torch.device, engine: str = "NO") -> None:
     """Switch on around a converted model what is to be on, and put it into its report. Idempotent.
 
@@ -55,8 +47,8 @@ def settle(model: nn.Module, switches: Switches, device: torch.device, engine: s
     session, report, recipe = session_of(model), report_of(model), recipe_of(model)
     if session is None or report is None or recipe is None:
         return
-    wants_attention = read(ATTENTION_ENV, True) if switches.attention is None else switches.attention
-    wants_liger = read(LIGER_ENV, False) if switches.liger is None else switches.liger
+    wants_attention = read_switch(ATTENTION_ENV, True) if switches.attention is None else switches.attention
+    wants_liger = read_switch(LIGER_ENV, False) if switches.liger is None else switches.liger
     if wants_attention and report.attention is None and device.type == "cuda":
         from hf_lowprec.integrations import attention
 

@@ -8,21 +8,19 @@ operator computes the product and, in the same pass over memory, what is read of
 handed over to `down`, and what backward needs of gate and up in the recipe's `saved` format. With E4M3 there an MLP
 keeps three bytes per hidden element for backward; as transformers computes it in bfloat16, eight.
 
-Where nobody but `down` can see the product, and `down` reads its quantised form, the product itself is not written.
-
-Under torch.compile the module's own forward runs, which the compiler fuses itself.
+Under torch.compile the module's own forward runs, which the compiler fuses itself. It also runs where the fused form
+would not be what the module is now: its class got another forward, or its activation was replaced or hooked.
 """
 
 from __future__ import annotations
 
 import copyreg
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as torch_module
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import numerics, ops
@@ -62,22 +60,41 @@ class GLUState:
 
     saved: policy under which gate and up are kept for backward, or None: as they are.
     enabled: False runs the module's own forward.
+    others: the children and functions that only the module's own forward calls, the activation among them.
     """
 
     parts: GLU
     saved: str | None = None
     enabled: bool = True
+    others: tuple[tuple[str, Any], ...] = field(default=(), compare=False, repr=False)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `others` are still what they were, and nobody listens to their calls."""
+        for name, known in self.others:
+            if not isinstance(known, nn.Module):
+                if module.__dict__.get(name) is not known:
+                    return False
+            elif (
+                module._modules.get(name) is not known or "forward" in known.__dict__
+                or known._forward_hooks or known._forward_pre_hooks
+                or known._backward_hooks or known._backward_pre_hooks
+            ):  # fmt: skip
+                return False
+        return True
 
 
 class LowPrecGLU:
     """The shared body; `_lowprec_glu` is attached by `fuse_glu`."""
 
     _lowprec_glu: GLUState
-    _original: ClassVar[type]
+    _original: ClassVar[Any]
+    _known_forward: ClassVar[Any]  # of _original, when the class was made
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self._lowprec_glu
         if not state.enabled or len(args) != 1 or kwargs or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if self._original.forward is not type(self)._known_forward or not state.holds(self):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         parts = state.parts
         down: nn.Module = getattr(self, parts.down)
@@ -90,14 +107,15 @@ class LowPrecGLU:
         reduced = super().__reduce_ex__(protocol)
         if reduced[0] is not copyreg.__newobj__ or reduced[1][0] is not type(self):  # type: ignore[attr-defined, index]
             return reduced
-        return (_blank, (self._original,), *reduced[2:])
+        known = self._original.forward is type(self)._known_forward
+        return (_blank, (self._original, known), *reduced[2:])
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, fused" if own else "fused"
 
 
-_CLASSES: dict[type, type] = {}
+_CLASSES: dict[tuple[type, Any], type] = {}
 
 
 def fuse_glu(module: nn.Module, parts: GLU, saved: Quant | None = None) -> None:
@@ -120,9 +138,21 @@ def fuse_glu(module: nn.Module, parts: GLU, saved: Quant | None = None) -> None:
             )
         if saved.rounding.mode == "stochastic":
             raise ValueError("saved: stochastic rounding needs a seed; choose nearest")
-    module._lowprec_glu = GLUState(parts, None if saved is None else ops.quant_key(saved))  # type: ignore[assignment]
+    key = None if saved is None else ops.quant_key(saved)
+    module._lowprec_glu = GLUState(parts, key, others=_others(module, parts))  # type: ignore[assignment]
     if not isinstance(module, LowPrecGLU):
-        set_class(module, _fused_class(type(module)))
+        set_class(module, _fused_class(type(module), type(module).forward))
+
+
+def _others(module: nn.Module, parts: GLU) -> tuple[tuple[str, Any], ...]:
+    called = (parts.gate, parts.up, parts.down, parts.after)
+    children = [(name, child) for name, child in module._modules.items() if name not in called]
+    functions = [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if callable(value) and name != "forward" and not name.startswith("_")
+    ]
+    return (*((name, child) for name, child in children if child is not None), *functions)
 
 
 def unfuse_glu(module: nn.Module) -> None:
@@ -140,16 +170,20 @@ def unfuse_glu(module: nn.Module) -> None:
     del module._lowprec_glu
 
 
-def _fused_class(original: type) -> type:
-    cls = _CLASSES.get(original)
+def _fused_class(original: type, forward: Any) -> type:
+    """forward: the one of `original` that the fused form stands for."""
+    cls = _CLASSES.get((original, forward))
     if cls is None:
-        body = {"_original": original, "__module__": __name__, "__doc__": original.__doc__}
-        cls = _CLASSES[original] = type(f"LowPrec{original.__name__}", (LowPrecGLU, original), body)
+        body = {
+            "_original": original, "_known_forward": forward, "__module__": __name__, "__doc__": original.__doc__,
+        }  # fmt: skip
+        cls = _CLASSES[original, forward] = type(f"LowPrec{original.__name__}", (LowPrecGLU, original), body)
     return cls
 
 
-def _blank(original: type) -> Any:
-    cls: Any = _fused_class(original)
+def _blank(original: Any, known: bool = True) -> Any:
+    """known: the forward of `original` is the one that was fused."""
+    cls: Any = _fused_class(original, original.forward if known else None)
     return cls.__new__(cls)
 
 
@@ -160,7 +194,7 @@ class _Call(NamedTuple):
     """One call of the operator beside its tensors with gradients: a single argument, as autograd looks at each.
 
     reader: how `down` quantises its input, or None.
-    write: somebody may read h itself. found: receives the quantised h.
+    found: receives the quantised h.
     """
 
     act: str
@@ -169,12 +203,11 @@ class _Call(NamedTuple):
     saved: str | None
     observe: bool
     reader: ProducedOperand | None
-    write: bool
     found: list[Quantized]
 
 
 def _middle(module: Any, state: GLUState, down: nn.Module, x: Tensor) -> Tensor:
-    """act(gate(x)) * up(x), its quantised form handed over to `down`; or a tensor without memory in its place."""
+    """act(gate(x)) * up(x), its quantised form handed over to `down`."""
     parts = state.parts
     packed = parts.up == parts.gate
     gate: Tensor = getattr(module, parts.gate)(x)
@@ -184,15 +217,14 @@ def _middle(module: Any, state: GLUState, down: nn.Module, x: Tensor) -> Tensor:
     )  # fmt: skip
     if not fits:
         return _unfused(gate, up, parts, packed)
-    linear, reader, write = _reader_of(down), None, True
+    linear, reader = _reader_of(down), None
     if linear is not None:
         layer = linear._lowprec
         if layer.operands[0].counts.device != gate.device:
             layer.to(gate.device)
         reader = layer.input_operand()
-        write = reader is None or linear is not down or not _only_reader(down)
     observe = torch.is_grad_enabled()
-    call = _Call(parts.act, packed, parts.gate_first, state.saved, observe, reader, write, [])
+    call = _Call(parts.act, packed, parts.gate_first, state.saved, observe, reader, [])
     h: Tensor = _GLU.apply(gate, up, call)
     if linear is not None and call.found:
         hand_over(linear._lowprec, h, call.found.pop())
@@ -221,18 +253,6 @@ def _reader_of(down: nn.Module) -> LowPrecMixin | None:
     return inner if isinstance(inner, LowPrecMixin) else None
 
 
-def _only_reader(down: nn.Module) -> bool:
-    """Whether nothing but the GEMM of `down` itself can look at the input that `down` is called with."""
-    plain = type(down).forward is LowPrecMixin.forward and type(down).__call__ is nn.Module.__call__
-    hooked = (
-        "forward" in down.__dict__ or down._forward_pre_hooks or down._forward_hooks or down._backward_hooks
-        or down._backward_pre_hooks or torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks
-        or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
-        or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    )  # fmt: skip
-    return plain and not hooked
-
-
 class _GLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, call: _Call) -> Tensor:
@@ -248,8 +268,8 @@ class _GLU(torch.autograd.Function):
             if call.observe:
                 amax, counts = operand.amax, operand.counts
         out = glu(
-            gate, up, call.act, write=call.write, quant=quant, scale=scale, amax=amax, counts=counts, seed=seed,
-            ready=ready, saved=call.saved if keeps else None,
+            gate, up, call.act, quant=quant, scale=scale, amax=amax, counts=counts, seed=seed, ready=ready,
+            saved=call.saved if keeps else None,
         )  # fmt: skip
         if out.quantized is not None:
             call.found.append(Quantized(*out.quantized))
@@ -258,8 +278,8 @@ class _GLU(torch.autograd.Function):
         elif keeps:
             ctx.save_for_backward(*out.gate, *(out.up or ()))  # type: ignore[misc]
         ctx.call, ctx.shape, ctx.dtype = call, both.shape, both.dtype
-        # Whoever should read it after all finds NaN.
-        return out.h if out.h is not None else _nan(gate.dtype, gate.device).expand(gate.shape)
+        assert out.h is not None
+        return out.h
 
     @staticmethod
     @once_differentiable
@@ -287,16 +307,3 @@ class _GLU(torch.autograd.Function):
             grad, gate, up, call.act, grad_gate, grad_up, gate_scale=gate_scale, up_scale=up_scale, saved=call.saved
         )
         return (out, None, None) if call.packed else (out, grad_up, None)
-
-
-_NAN: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.full((), torch.nan, dtype=dtype, device=device)  # its memory is the graph's
-    scalar = _NAN.get((dtype, device))
-    if scalar is None:
-        with torch.inference_mode(False):  # an inference tensor would be of no use in training later
-            scalar = _NAN[dtype, device] = torch.full((), torch.nan, dtype=dtype, device=device)
-    return scalar

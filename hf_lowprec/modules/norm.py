@@ -6,7 +6,8 @@ more in backward, which keeps several of the copies. The fused one reads the inp
 numbers a row. It is the same function with the same roundings (`norm_kind`), so it needs no recipe.
 
 Wherever fusing would not be the same or not pay, the module's own forward runs: on the CPU, under torch.compile (which
-fuses norms itself), for dtypes or tensor classes that the kernels do not know.
+fuses norms itself), for dtypes or tensor classes that the kernels do not know, and once its eps or another setting has
+changed or its class got another forward.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec.modules.linear import set_class
-from hf_lowprec.modules.norm_kind import NormKind, Rule, norm_kind, rounding_rule
+from hf_lowprec.modules.norm_kind import NormKind, Rule, norm_kind, rounding_rule, settings
 from hf_lowprec.modules.state import LayerState
 from hf_lowprec.ops.norm import norm, norm_backward
 
@@ -45,6 +46,7 @@ class NormState:
     enabled: False runs the module's own forward.
     emulate: use the operator's plain-torch implementation for CPU tensors instead of the module's own forward.
     least: smaller inputs, in elements, are left to the module's own forward.
+    settings: attributes of the module that make it this kind.
     rules: of the dtypes seen so far.
     """
 
@@ -53,6 +55,7 @@ class NormState:
     enabled: bool = True
     emulate: bool = False
     least: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()
     rules: dict[tuple[Any, ...], Rule | None] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,6 +65,10 @@ class NormState:
         """How to compute the module's own result for x, or None: by its own forward."""
         if type(x) not in _PLAIN or not (x.is_cuda or self.emulate) or not x.dim() or x.numel() < self.least:
             return None
+        now = module.__dict__
+        for name, value in self.settings:
+            if now.get(name) != value:
+                return None
         # Sharded, offloaded or empty Parameters: the module's own forward has the right word about them.
         shape = (x.shape[-1] if self.kind.width is None else self.kind.width,)
         for parameter in (weight, bias):
@@ -85,13 +92,15 @@ class LowPrecNorm:
     """The shared body; `_lowprec_norm` is attached by `fuse_norm`."""
 
     _lowprec_norm: NormState
-    _original: ClassVar[type]
+    _original: ClassVar[Any]
+    _known_forward: ClassVar[Any]  # of _original, when the class was made
     weight: Tensor | None
     bias: Tensor | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         state = self._lowprec_norm
-        if state.enabled and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        usual = state.enabled and len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
+        if usual and self._original.forward is type(self)._known_forward:
             (x,) = args
             weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
             rule = state.rule(self, x, weight, bias)  # type: ignore[arg-type]
@@ -104,7 +113,8 @@ class LowPrecNorm:
         reduced = super().__reduce_ex__(protocol)
         if reduced[0] is not copyreg.__newobj__ or reduced[1][0] is not type(self):  # type: ignore[attr-defined, index]
             return reduced
-        return (_blank, (_mixin(type(self)), self._original), *reduced[2:])
+        known = self._original.forward is type(self)._known_forward
+        return (_blank, (_mixin(type(self)), self._original, known), *reduced[2:])
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
@@ -119,7 +129,7 @@ class LowPrecLayerNorm(LowPrecNorm):
     """A LayerNorm of any class whose forward and backward are one kernel each."""
 
 
-_CLASSES: dict[tuple[type, type], type] = {}
+_CLASSES: dict[tuple[type, type, Any], type] = {}
 
 
 def fuse_norm(
@@ -131,10 +141,11 @@ def fuse_norm(
         they are replaced.
     """
     unfuse_norm(module)
-    torchs = type(module).forward in _TORCHS and not emulate
-    state = NormState(kind, list(readers), emulate=emulate, least=_LEAST if torchs else 0)
+    own = type(module)
+    least = _LEAST if own.forward in _TORCHS and not emulate else 0
+    state = NormState(kind, list(readers), emulate=emulate, least=least, settings=settings(module))
     module._lowprec_norm = state  # type: ignore[assignment]
-    set_class(module, _fused_class(LowPrecLayerNorm if kind.center else LowPrecRMSNorm, type(module)))
+    set_class(module, _fused_class(LowPrecLayerNorm if kind.center else LowPrecRMSNorm, own, own.forward))
     return state
 
 
@@ -153,11 +164,14 @@ def unfuse_norm(module: nn.Module) -> None:
     del module._lowprec_norm
 
 
-def _fused_class(mixin: type, original: type) -> type:
-    cls = _CLASSES.get((mixin, original))
+def _fused_class(mixin: type, original: type, forward: Any) -> type:
+    """forward: the one of `original` that the kernels stand for."""
+    cls = _CLASSES.get((mixin, original, forward))
     if cls is None:
-        body = {"_original": original, "__module__": __name__, "__doc__": original.__doc__}
-        cls = _CLASSES[mixin, original] = type(f"LowPrec{original.__name__}", (mixin, original), body)
+        body = {
+            "_original": original, "_known_forward": forward, "__module__": __name__, "__doc__": original.__doc__,
+        }  # fmt: skip
+        cls = _CLASSES[mixin, original, forward] = type(f"LowPrec{original.__name__}", (mixin, original), body)
     return cls
 
 
@@ -165,8 +179,9 @@ def _mixin(cls: type) -> type:
     return LowPrecLayerNorm if issubclass(cls, LowPrecLayerNorm) else LowPrecRMSNorm
 
 
-def _blank(mixin: type, original: type) -> Any:
-    cls: Any = _fused_class(mixin, original)
+def _blank(mixin: type, original: Any, known: bool = True) -> Any:
+    """known: the forward of `original` is the one that was fused."""
+    cls: Any = _fused_class(mixin, original, original.forward if known else None)
     return cls.__new__(cls)
 
 

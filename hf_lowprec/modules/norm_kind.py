@@ -28,6 +28,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where a module hides eps from its attributes, it is one of these (finfo: nn.RMSNorm without an eps).
 _USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
 _ANY_WIDTH = 64
+_SETTINGS = (bool, int, float, str, tuple, type(None))
 _LEAST_WIDTH = 4
 
 
@@ -70,17 +71,28 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     return _KINDS[key]
 
 
+def settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What the module's class may read from it beside Parameters: eps, flags, a shape."""
+    return tuple(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, float)
+        or (isinstance(value, _SETTINGS) and name != "training" and not name.startswith("_"))
+    )
+
+
 def _behaviour(module: nn.Module) -> tuple[Any, ...] | None:
-    """Equal for modules that compute the same function: class, settings and shapes. None: some setting is an object
-    whose contents may differ."""
-    settings: list[tuple[str, Any]] = []
+    """Equal for modules that compute the same function: class, its forward, settings and shapes. None: some setting is
+    an object whose contents may differ."""
+    found: list[tuple[str, Any]] = []
     for name, value in module.__dict__.items():
-        if isinstance(value, (bool, int, float, str, tuple, type(None))):
-            settings.append((name, repr(value)))
+        if isinstance(value, _SETTINGS):
+            found.append((name, repr(value)))
         elif not name.startswith("_"):
             return None
     shapes = [(k, None if p is None else tuple(p.shape)) for k, p in module._parameters.items()]
-    return (_own_class(module), *(item for item in settings if item[0] != "training"), *shapes)
+    own = _own_class(module)
+    return (own, own.forward, *(item for item in found if item[0] != "training"), *shapes)
 
 
 def rounding_rule(

@@ -5,9 +5,9 @@
 sees a tensor quantises it for all. `hand_over` is for producers that quantise what they have just computed, in the
 same pass over memory.
 
-Whose copy it is decides the identity of the tensor object and its `_version`, never the order or number of calls: a
-linear that meets another tensor, alone, once more, or in a recomputation, quantises for itself, and nothing is wrong.
-Under torch.compile each does.
+Whose copy it is decides the identity of the tensor object, its `_version` and its memory, never the order or number
+of calls: a linear that meets another tensor, alone, once more, or in a recomputation, quantises for itself, and
+nothing is wrong. Under torch.compile each does. Writes that raise no version (through `.data` or numpy) are not seen.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ class HandOver:
     """A tensor's quantised form, for as long as that tensor lives and is not written."""
 
     def __init__(self) -> None:
-        self._tensor: weakref.ref[Tensor] | None = None
-        self._version = 0
-        self._capturing = False
-        self.value: Quantized | None = None
+        # One attribute, so that another thread sees all of it or none.
+        self._held: tuple[weakref.ref[Tensor], tuple[Any, ...], Quantized] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -39,29 +37,41 @@ class HandOver:
     def __setstate__(self, _: dict[str, Any]) -> None:
         HandOver.__init__(self)
 
+    @property
+    def value(self) -> Quantized | None:
+        held = self._held
+        return None if held is None else held[2]
+
     def put(self, tensor: Tensor, value: Quantized) -> None:
         # Weakly, or the copy would outlive a tensor that nobody asks about.
-        self._tensor = weakref.ref(tensor, self._forget)
-        self._version = _version(tensor)
-        self._capturing = _capturing(tensor)
-        self.value = value
+        self._held = (weakref.ref(tensor, self._forget), _contents(tensor), value)
 
     def get(self, tensor: Tensor) -> Quantized | None:
-        if self._tensor is None or self._tensor() is not tensor or self._version != _version(tensor):
+        held = self._held
+        if held is None or held[0]() is not tensor or held[1] != _contents(tensor):
             return None
-        # A replayed CUDA graph writes tensors without raising versions: what it computes stays within it.
-        return self.value if self._capturing == _capturing(tensor) else None
+        return held[2]
 
     def drop(self) -> None:
-        self._tensor = self.value = None
+        self._held = None
 
     def _forget(self, reference: weakref.ref[Tensor]) -> None:
-        if self._tensor is reference:
+        held = self._held
+        if held is not None and held[0] is reference:
             self.drop()
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors have none
+def _contents(tensor: Tensor) -> tuple[Any, ...]:
+    """Another one once the tensor was written, or was given other memory by `tensor.data = ...`.
+
+    A replayed CUDA graph writes tensors without raising versions: what it computes stays within it.
+    """
+    version = 0 if tensor.is_inference() else tensor._version  # inference tensors have none
+    try:
+        memory = tensor.data_ptr()
+    except RuntimeError:  # fake tensors and wrappers have none
+        memory = 0
+    return version, memory, tensor.shape, tensor.stride(), _capturing(tensor)
 
 
 def _capturing(tensor: Tensor) -> bool:
@@ -90,7 +100,7 @@ class SharedInput:
                 self.put(x, found, observe)
         elif columns and found.transposed is None:
             found = found._replace(transposed=ops.transposed(found.rows))
-            self._slot.value = found
+            self._slot.put(x, found)
         self._taken.add(id(member))
         if len(self._taken) == len(self.members):
             self.drop()

@@ -148,7 +148,7 @@ class ScalingState:
             self._look_for_scales(role, scale)
         seeds: dict[int, Tensor] = {}
         for layer in self.layers.values():
-            layer.weight_cache.close_step()
+            layer.weight_cache.close_step()  # from the first step on copies are kept
             if layer.shared is not None:
                 layer.shared.drop()
             seeds.update({id(o.seed): o.seed for o in layer.operands if o.seed is not None})  # shared ones once
@@ -230,6 +230,7 @@ class ScalingState:
                     self.history[role][i].copy_(tensors["history"])
             layer.ready = (False, False, False)
             layer.weight_cache.drop()
+            layer.weight_cache.followed = True  # by the optimizer whose state dict this comes from
             if layer.shared is not None:
                 layer.shared.drop()
         self._news.clear()

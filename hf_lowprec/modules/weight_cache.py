@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-precision copies of weights, kept from one optimizer step to the next.
 
-A weight changes once per step and is read twice per micro-batch, once more where activations are recomputed, and for
-every token that `generate` emits; each cast costs as much memory traffic as several products at small batches.
+In training a weight changes once per step and is read twice per micro-batch, and once more where activations are
+recomputed; each cast costs as much memory traffic as several products at small batches.
 
-No single sign tells that a weight has changed. A copy is outdated by each of these:
+A copy is kept only where steps tell when it is outdated: in training mode with grad mode on, once an optimizer that
+follows the model has stepped (`close_step`). A model may be trained by hand through `.data`, with no optimizer at all,
+and moving averages are swapped in through `.data` to be evaluated: without such a step, in eval mode and under no_grad
+(`generate`, the first pass of reentrant checkpointing) a weight is cast at each use.
+
+Nor does a single sign tell, in training, that a weight has changed. A copy is outdated by each of these:
 
     any optimizer's step            torch's fused AdamW and our own kernels raise no `_version`, so a global count of
                                     steps is part of the key; of all optimizers, because TRL writes the weights of a
                                     reference model after the steps of another model's optimizer
     `_version`, `data_ptr`          in-place writes that autograd sees, load_state_dict, `.data = other`
-    model.train(), model.eval()     weights are swapped there through `.data` (moving averages)
-    hf_lowprec.invalidate(model)    everything else that writes `.data`
+    model.train(), model.eval()     weights are written in between through `.data` (moving averages)
+    hf_lowprec.invalidate(model)    everything else that writes `.data`, in the middle of a training step
 
 Weights that do not train are written through `.data` between evaluations (merging adapters) and have no steps of their
-own: they are kept only while training, and only from float32, where the copy (1 byte) stands for the bf16 copy
-(2 bytes) that autocast would hold for backward. Beside a bf16 weight it would add a byte per parameter, and LoRA's
-peak would exceed bf16 LoRA's.
+own: they are kept only while training, before the first step too, and only from float32, where the copy (1 byte)
+stands for the bf16 copy (2 bytes) that autocast would hold for backward. Beside a bf16 weight it would add a byte per
+parameter, and LoRA's peak would exceed bf16 LoRA's.
 """
 
 from __future__ import annotations
@@ -26,7 +31,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_lowprec import ops
 from hf_lowprec.functional import LinearSpec, OperandState, Quantized, quantize_matrix
 
 Policy = Literal["both", "one", "none"]
@@ -46,7 +50,6 @@ def _key(weight: Tensor) -> tuple[int, int, int]:
 class _Entry(NamedTuple):
     key: tuple[int, int, int]
     quantized: Quantized
-    observed: bool
     storage: torch.UntypedStorage
 
 
@@ -55,16 +58,19 @@ class WeightCache:
 
     policy: `both` layouts (2 bytes per parameter, no transpose in backward), `one` (1 byte; backward transposes), or
         `none`: the weight is cast in every forward and backward pass.
+    followed: whether a step of an optimizer that follows the layer's model has been seen, or its state been loaded.
     """
 
     def __init__(self, policy: Policy = "both") -> None:
         self.policy = policy
+        self.followed = False
         self._entry: _Entry | None = None
         self._amax: tuple[tuple[int, int, int], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy starts empty: what is kept belongs to one weight, and a pickle could not hold float8.
-        return {**self.__dict__, "_entry": None, "_amax": None}
+        # A copy starts empty: what is kept belongs to one weight, and a pickle could not hold float8. Nor does the
+        # optimizer follow the copy (a moving average, say).
+        return {**self.__dict__, "followed": False, "_entry": None, "_amax": None}
 
     @property
     def quantized(self) -> Quantized | None:
@@ -85,34 +91,31 @@ class WeightCache:
         """
         if self._entry is not None and self._entry.storage.nbytes() == 0:
             self.policy = "none"
+        self.followed = True
         self.drop()
 
     def get(
         self, weight: Tensor, spec: LinearSpec, state: OperandState, *, ready: bool, training: bool
     ) -> Quantized | None:
         """The copy of `weight`, made now if need be; None where none is to be kept. Eager mode only."""
-        observe = torch.is_grad_enabled()
+        if not training or not torch.is_grad_enabled():
+            return None
         if weight.requires_grad:
-            wanted = self.policy
+            wanted = self.policy if self.followed else "none"
         else:
-            wanted = "one" if observe and training and weight.dtype == torch.float32 else "none"
+            wanted = "one" if weight.dtype == torch.float32 else "none"
         if wanted == "none" or not spec.shared_weight or type(weight) not in (Tensor, nn.Parameter):
             return None
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # a graph that is replayed after the next step has to cast
-        both = wanted == "both" and observe and training
         key = _key(weight)
-        entry = self._entry
-        if entry is not None and entry.key == key and (entry.observed or not observe):
-            if both and entry.quantized.transposed is None:  # made by an evaluation
-                columns = ops.transposed(entry.quantized.rows)
-                entry = self._entry = entry._replace(quantized=entry.quantized._replace(transposed=columns))
-            return entry.quantized
+        if self._entry is not None and self._entry.key == key:
+            return self._entry.quantized
         assert spec.fprop_weight is not None
         self._entry = None  # before the new one is made: its memory can serve
         amax = self._amax[1] if self._amax is not None and self._amax[0] == key else None
         quantized = quantize_matrix(
-            weight, spec.fprop_weight, state, ready=ready, observe=observe, partials=amax, columns=both
+            weight, spec.fprop_weight, state, ready=ready, observe=True, partials=amax, columns=wanted == "both"
         )
-        self._entry = _Entry(key, quantized, observe, weight.untyped_storage())
+        self._entry = _Entry(key, quantized, weight.untyped_storage())
         return quantized

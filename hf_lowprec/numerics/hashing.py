@@ -50,6 +50,12 @@ def _signed(word: int | Tensor) -> int | Tensor:
     return word - (1 << 32) if word >> 31 else word
 
 
+def folded(n: int) -> Tensor:
+    """int32 i ^ (i >> 16) for i = 0 to n - 1: how `counter_hash` begins, but for an xor, with which this commutes."""
+    counts = torch.arange(n, dtype=torch.int32)
+    return counts ^ (counts >> 16)
+
+
 def counter_hash(
     seed: int | Tensor,
     index: int | Tensor,
@@ -63,13 +69,15 @@ def counter_hash(
     seed: an int of up to 64 bits, or a 0-dim int64 tensor.
     index: an int64 tensor of indices, or a count n for the indices `start` to `start + n - 1` on `device`.
     start: an int, or a 0-dim int64 tensor that has the same high 32 bits as the last index.
-    buffers: int32 [n], for a count: the first is filled and returned, the second overwritten, the third is 0 to n - 1.
+    buffers: int32 [n], for a count on the CPU: the first is filled and returned, the second overwritten, the third is
+        `folded(n)`.
 
     Returns: int32 of the shape of `index` (or [n]); its 32 bits are the word.
     """
     if isinstance(seed, Tensor) and seed.device.type == "cpu" and not torch.compiler.is_compiling():
         seed = int(seed)  # free there, and the keys then cost no tensor operations
     shifted: Tensor | None = None
+    begun = False
     k0, k1 = seed_keys(seed) if isinstance(seed, Tensor) else seed_keys(int(seed))
     if isinstance(index, Tensor):
         low, high = index.to(torch.int64), index >> 32
@@ -79,19 +87,24 @@ def counter_hash(
         h = torch.arange(index, dtype=torch.int32, device=start.device) + start.to(torch.int32)
         late = _mix((start >> 32) & _LOW) ^ k1
     elif start >> 32 == (start + max(index, 1) - 1) >> 32:
-        first = _signed(start & _LOW)
-        assert isinstance(first, int)
-        if buffers is None:
-            h = torch.arange(first, first + index, dtype=torch.int32, device=device)
+        first = start & _LOW
+        if buffers is not None and not first & ((1 << (index - 1).bit_length()) - 1):  # then start + i = start ^ i
+            key = first ^ int(k0)
+            h, shifted = torch.bitwise_xor(buffers[2], _signed(key ^ key >> 16), out=buffers[0]), buffers[1]
+            begun = True
         else:
-            h, shifted = torch.add(buffers[2], first, out=buffers[0]), buffers[1]
+            begin = _signed(first)
+            assert isinstance(begin, int)
+            out = None if buffers is None else buffers[0]
+            h = torch.arange(begin, begin + index, dtype=torch.int32, device=device, out=out)
         late = _mix(start >> 32) ^ k1
     else:
         words = counter_hash(seed, torch.arange(start, start + index, device=device))
         return words if buffers is None else buffers[0].copy_(words)
     # Shifts of int32 are arithmetic; the masks make them logical.
-    h ^= _signed(k0)
-    h ^= torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF)
+    if not begun:
+        h ^= _signed(k0)
+        h ^= torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF)
     h *= _M0
     h ^= _signed(late)
     h ^= torch.bitwise_right_shift(h, 15, out=shifted).bitwise_and_(0x1FFFF)

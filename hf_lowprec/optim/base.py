@@ -208,6 +208,13 @@ class LowPrecOptimizer(Optimizer):
         Returns the closure's value. Raises, before anything changed, RuntimeError on sparse gradients, and ValueError
         on hyperparameters under which predicted scales have no bound.
         """
+        try:
+            return self._step(closure, clip)
+        finally:
+            for swap in tuple(self.swaps):  # torch calls no post-hook of a step that raised
+                swap.forget(self)
+
+    def _step(self, closure: Callable[[], Any] | None, clip: Tensor | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

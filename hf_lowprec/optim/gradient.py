@@ -339,7 +339,7 @@ class GradientSwap:
         self.quantizer = quantizer
         self.index = dict(index)
         self._swapped: dict[Tensor, tuple[Tensor, Tensor]] = {}  # parameter -> its own gradient, the quantised one
-        self._told: weakref.WeakSet[LowPrecOptimizer] = weakref.WeakSet()  # by `pre_step`, until `post_step`
+        self._told: weakref.WeakSet[LowPrecOptimizer] = weakref.WeakSet()  # by `tell`, until `forget`
 
     def attach(self, optimizer: Optimizer) -> Callable[[], None]:
         """Puts itself in front of `optimizer.step`; returns the function that undoes it."""
@@ -363,6 +363,18 @@ class GradientSwap:
             optimizer.swaps.append(self)
             self._told.add(optimizer)
 
+    def forget(self, optimizer: LowPrecOptimizer) -> None:
+        """Undoes `tell`, not `attach`. `optimizer.step` calls it when it ends, also by raising."""
+        if optimizer in self._told:
+            self._told.discard(optimizer)
+            _remove(optimizer.swaps, self)
+
+    def close(self) -> None:
+        """Undoes what is left of steps that were begun and never ended."""
+        self.restore()
+        for optimizer in list(self._told):
+            self.forget(optimizer)
+
     def pre_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -385,9 +397,8 @@ class GradientSwap:
 
     def post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.restore()
-        if isinstance(optimizer, LowPrecOptimizer) and optimizer in self._told:
-            self._told.discard(optimizer)
-            _remove(optimizer.swaps, self)
+        if isinstance(optimizer, LowPrecOptimizer):
+            self.forget(optimizer)
 
     def _swap(self, optimizer: Optimizer) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

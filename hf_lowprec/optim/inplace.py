@@ -23,6 +23,7 @@ from hf_lowprec.formats import Format, get_format
 from hf_lowprec.numerics import counter_hash, sqrt_rn
 from hf_lowprec.numerics.codes import value_table
 from hf_lowprec.numerics.containers import integer_unit, is_packed
+from hf_lowprec.numerics.hashing import folded
 from hf_lowprec.numerics.lookup import Lookup
 from hf_lowprec.numerics.rounding import code_table, stochastic_truncation
 from hf_lowprec.optim import states as st
@@ -73,7 +74,7 @@ def codec_of(quant: Quant) -> Codec | None:
 
 
 class _Buffers(threading.local):
-    """float32, int32 and float64 buffers of one thread, which grow to the largest slice that it has seen."""
+    """float32 and int32 buffers of one thread, which grow to the largest slice that it has seen."""
 
     def __init__(self) -> None:
         self._of: dict[Any, Tensor] = {}
@@ -85,11 +86,11 @@ class _Buffers(threading.local):
             found = self._of[name] = torch.empty(n, dtype=dtype)
         return found[:n]
 
-    def counts(self, n: int) -> Tensor:
-        """int32, 0 to n - 1: only read it."""
-        if "counts" not in self._of or self._of["counts"].numel() < n:
-            self._of["counts"] = torch.arange(n, dtype=torch.int32)
-        return self._of["counts"][:n]
+    def folded(self, n: int) -> Tensor:
+        """`hashing.folded(n)`: only read it."""
+        if "folded" not in self._of or self._of["folded"].numel() < n:
+            self._of["folded"] = folded(n)
+        return self._of["folded"][:n]
 
 
 _BUFFERS = _Buffers()
@@ -125,6 +126,8 @@ def whole(item: Item) -> bool:
 def update(algorithm: str, item: Item, s: dict[str, Any], clip: Tensor | None) -> None:
     """What `algorithms.update` does with whole blocks, where all gradients are finite."""
     group, n = item.group, item.param.numel()
+    if n == 0:
+        return
     w = _read_weight(item)
     g = item.grad.detach().reshape(-1)
     if g.dtype != torch.float32:
@@ -163,7 +166,7 @@ def _write_weight(item: Item, w: Tensor) -> None:
         seed = st.stream_seed(rounding, item.index, "parameter", step)
         assert seed is not None
         words, other = _integers(n)
-        counter_hash(seed, n, start=item.start, buffers=(words, other, _BUFFERS.counts(n))).bitwise_and_(_LOW)
+        counter_hash(seed, n, start=item.start, buffers=(words, other, _BUFFERS.folded(n))).bitwise_and_(_LOW)
         if n and bool(torch.stack(torch.aminmax(w)).abs_().amax() < _FAR):  # of nothing there is no maximum
             param.view(torch.int16).copy_(words.add_(w.view(torch.int32)).bitwise_right_shift_(_16))
         else:
@@ -203,7 +206,7 @@ def _store(item: Item, name: str, quant: Quant, value: Tensor) -> None:
         scale.div_(codec.top)
     scale.clamp_(2.0**-126, 2.0**126).masked_fill_(nothing, 1.0)
     factor = scale.reciprocal()
-    if codec.nonzero and not float(factor.amin()) >= 1:  # the product may underflow where the value is positive
+    if codec.nonzero and not bool((factor >= 1).all()):  # the product may underflow where the value is positive
         torch.clamp(value, max=2.0**-149, out=other)
         rows.mul_(factor)
         torch.maximum(value, other, out=value)
@@ -230,8 +233,7 @@ def _adam(g: Tensor, w: Tensor, moments: dict[str, Tensor], s: dict[str, Any], i
     v.mul_(s["b2"]).add_(torch.mul(g, s["omb2"], out=t).mul_(g))
     if item.group["weight_decay"] and item.group["decoupled_weight_decay"]:
         w.mul_(s["decay"])
-    wide = _BUFFERS.take("wide", 2 * g.numel(), torch.float64)
-    denominator = sqrt_rn(v, out=t, wide=(wide[: g.numel()], wide[g.numel() :]))
+    denominator = sqrt_rn(v, out=t)
     denominator.mul_(s["rbc2"]).add_(s["eps"])
     w.sub_(torch.mul(m, s["alpha"], out=_BUFFERS.take("u", g.numel())).div_(denominator))
 

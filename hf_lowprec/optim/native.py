@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +114,10 @@ def stepper(algorithm: str, item: Item, s: dict[str, Any], clip: Tensor | None) 
         def run(first: int, last: int) -> None:
             function(part.param.data_ptr(), grad.data_ptr(), moments, scalars, first, last, part.start, *keys)
 
-        for _ in (map if shares == 1 else _pool(threads).map)(run, cuts, cuts[1:]):
-            pass  # an error of a share is raised here
+        others = [_pool(threads - 1).submit(run, *cut) for cut in pairwise(cuts[1:])]
+        run(*cuts[:2])
+        for other in others:
+            other.result()
         torch.autograd.graph.increment_version(part.param)  # so that a backward that saved it complains
 
     return step

@@ -129,3 +129,18 @@ def test_the_fused_loss_stays_off_where_weights_are_sharded() -> None:
     switches.settle(model, Switches(liger=True), torch.device("cpu"), engine="FSDP")
     assert report.loss == "stock (HF_LOWPREC_LIGER has no effect under FSDP)" and report.loss in report.summary()
     assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("name", ["fuse", "attention", "liger"])
+def test_switches_of_the_config_are_checked(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}='yes': True, False or None"):
+        LowPrecConfig("te-current", **{name: "yes"})
+
+
+@pytest.mark.parametrize("name", ["HF_LOWPREC_ATTENTION", "HF_LOWPREC_LIGER"])
+def test_switches_of_the_environment_are_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    hf_lowprec.convert(model, "te-current")
+    monkeypatch.setenv(name, "on")
+    with pytest.raises(ValueError, match=f"{name}='on': 0 or 1"):
+        switches.settle(model, Switches(), torch.device("cpu"))

@@ -8,6 +8,7 @@ from oracles import edge_inputs, gfloat_codes, half_inputs, random_inputs, witho
 
 from hf_lowprec.formats import FORMATS, Format, get_format
 from hf_lowprec.numerics import counter_hash, encode, round_to_format
+from hf_lowprec.numerics.hashing import folded
 from hf_lowprec.recipe import Rounding
 
 NAMES = ["e4m3fn", "e5m2", "e5m10", "e8m7", "e2m1", "e6m5", "e6m9", "e4m3b8", "e0m7", "e8m0u"]
@@ -125,11 +126,15 @@ def test_counter_hash_is_its_formula(seed: int) -> None:
         assert (got.to(torch.int64) & 0xFFFFFFFF).tolist() == want
 
 
-@pytest.mark.parametrize("start", [0, 1000, 2**31 - 50, 2**31, 2**32 - 50, 2**32, 2**35 + 1])
-def test_counter_hash_of_a_range(start: int) -> None:
-    indices = torch.arange(start, start + 100)
-    assert torch.equal(counter_hash(9, 100, start=start), counter_hash(9, indices))
-    assert torch.equal(counter_hash(torch.tensor(9), 100, start=start), counter_hash(9, indices))
+@pytest.mark.parametrize("n", [1, 100, 150000])
+@pytest.mark.parametrize("start", [0, 1000, 3 << 18, 2**31 - 50, 2**31, 2**32 - 50, 2**32, 2**35 + 1])
+def test_counter_hash_of_a_range(start: int, n: int) -> None:
+    want = counter_hash(9, torch.arange(start, start + n))
+    assert torch.equal(counter_hash(9, n, start=start), want)
+    if start >> 32 == (start + n - 1) >> 32:
+        assert torch.equal(counter_hash(torch.tensor(9), n, start=start), want)
+    buffers = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32), folded(n)
+    assert counter_hash(9, n, start=start, buffers=buffers) is buffers[0] and torch.equal(buffers[0], want)
 
 
 def test_counter_hash_bits_are_balanced_and_seeds_unrelated() -> None:

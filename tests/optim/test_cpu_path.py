@@ -218,6 +218,9 @@ def test_parameters_that_are_not_contiguous(plain: pytest.MonkeyPatch) -> None:
 
 
 def compare_compiled(plain: pytest.MonkeyPatch, make: Any, dtype: torch.dtype, **options: Any) -> None:
+    """With slices of slices, too."""
+    plain.setattr(compiled, "SIZES", (4 * SIZE, SIZE))
+    plain.setattr(compiled, "_LARGEST", SIZE)
     expected = without_slices(plain, make, NUMEL, dtype, **options)
     seen: list[int] = []
     real = compiled._function

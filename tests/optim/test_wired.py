@@ -214,6 +214,28 @@ def test_global_hooks_tell_it_for_one_step_only() -> None:
     assert int(quantizer.count.max()) == 2
 
 
+def test_a_step_that_raised_leaves_no_swap() -> None:
+    """Told by a recipe, in a step or (gradient release) in backward. What was attached stays."""
+    params, optimizer, quantizer = make()
+    attached, told = (GradientSwap(quantizer, numbered(params)) for _ in range(2))
+    attached.attach(optimizer)
+    told.tell(optimizer)
+    attached.tell(optimizer)
+    assert optimizer.swaps == [attached, told]
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert optimizer.swaps == [attached]
+
+
+def test_close_detaches_what_never_came_to_its_step() -> None:
+    params, optimizer, quantizer = make()
+    swap = GradientSwap(quantizer, numbered(params))
+    swap.tell(optimizer)
+    swap.close()
+    swap.close()
+    assert optimizer.swaps == []
+
+
 def test_gradient_release_with_an_attached_swap() -> None:
     """In backward, without a recipe that would tell it."""
     torch.manual_seed(0)
