@@ -53,8 +53,7 @@ _NO_STATE: Mapping[str, Any] = {}
 class LowPrecOptimizer(Optimizer):
     """Base of the optimizers of this package. Subclasses name their algorithm, its moments and hyperparameters.
 
-    compile: steps of Parameters on the CPU go through torch.compile (`optim/compiled.py`): the same bits, a few times
-        faster after some seconds of compiling. It needs a C++ compiler.
+    compile: steps on the CPU run in compiled C++ (`optim/compiled.py`): the same bits, faster; needs a C++ compiler.
     states: a name (`optim/named.py`) or a `recipe.States`; a group may have its own.
     master: of 16-bit Parameters: "default" (what the states say), "fp32", "fp16-scaled", "bf16+8", "bf16+16" (low bits
         beside a bfloat16 Parameter), "sr" (none, stochastic rounding) or None (none, rounding to nearest).
