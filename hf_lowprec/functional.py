@@ -241,7 +241,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(saved_x, saved_x_scale, w_scale, weight if trains_input and w is None else None)
         # Not saved tensors: backward writes to the states, and a layer that ran twice would find them "modified in
         # place"; a cached weight is no activation, which a hook on saved tensors would move to the CPU, say.
-        ctx.call = call
+        ctx.call = call._replace(quantized=None)  # of which backward reads `saved_x` alone
         ctx.input_shape, ctx.input_dtype = input.shape, input.dtype
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return out.reshape(*input.shape[:-1], n)

@@ -24,7 +24,7 @@ from hf_lowprec.modules.sharing import share_input
 from hf_lowprec.recipe import Recipe
 from hf_lowprec.report import ConversionReport
 from hf_lowprec.selection import matches
-from hf_lowprec.structure import Norm, find_structure
+from hf_lowprec.structure import find_structure
 
 
 def fuse(
@@ -58,7 +58,7 @@ def fuse(
             report.shared.append(group)
     for name, norm in found.norms.items():
         reason = "the recipe is emulated" if emulate else reason_to_leave(name)
-        reason = reason or _fuse_norm(modules[name], norm, layers)
+        reason = reason or _fuse_norm(modules[name])
         if reason is None:
             report.norms[name] = norm.readers
             if not norm.readers:
@@ -73,14 +73,14 @@ def fuse(
             report.unfused_mlps[name] = reason
 
 
-def _fuse_norm(module: nn.Module, norm: Norm, layers: Mapping[str, LayerState]) -> str | None:
+def _fuse_norm(module: nn.Module) -> str | None:
     """Why `module` stays as it is, or None."""
     if forward_is_replaced(module):
         return "its forward was replaced on the instance"
     kind = norm_kind(module)
     if kind is None:
         return "no norm that there is a kernel for"
-    fuse_norm(module, kind, [layers[name] for name in norm.readers])
+    fuse_norm(module, kind)
     return None
 
 

@@ -2,7 +2,7 @@
 """One forward pass without arithmetic: which linear reads which tensor, and which module made it.
 
 The pass runs on a *skeleton*: for each module of the model an object of the same class with the same attributes, but
-with Parameters and buffers on the meta device, without hooks, and with stubs for linears. So nothing is computed, and
+with Parameters and buffers on the meta device, without hooks, and with stand-ins for linears. So nothing is computed, and
 the model itself is not touched: whatever the pass writes, breaks or leaves behind is the skeleton's. That the model is
 sharded by FSDP2, spread over devices, quantised on loading or wrapped by PEFT makes no difference to its skeleton.
 
@@ -281,14 +281,14 @@ class _Recorder:
         self._alive: list[Tensor] = []  # or ids would be used again
 
     def watch(self, module: nn.Module, twin: nn.Module, name: str) -> None:
-        """Give `twin` what reports to us: a stub for linears, a hook for others without children."""
+        """Give `twin` what reports to us: a stand-in for linears, a hook for others without children."""
         width = _width(module) if id(module) in self.linears or _is_linear(module) else None
         if width is not None:
-            twin.__dict__["forward"] = self._stub(self.linears.get(id(module)), width)
+            twin.__dict__["forward"] = self._stand_in(self.linears.get(id(module)), width)
         elif not twin._modules:
             twin.register_forward_hook(self._hook(name))
 
-    def _stub(self, name: str | None, width: int) -> Callable[..., Tensor]:
+    def _stand_in(self, name: str | None, width: int) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             input: Tensor = args[0] if args else next(iter(kwargs.values()))
             if name is not None:

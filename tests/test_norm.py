@@ -362,26 +362,6 @@ def test_copies_and_pickles() -> None:
             assert isinstance(ours, LowPrecNorm)
 
 
-def test_a_copied_model_keeps_its_readers_together() -> None:
-    """Readers are the states of layers beside the norm: a copied norm must know the copied layers."""
-    from hf_lowprec import convert
-
-    model = convert_target()
-    convert(model, "fp8-lm", emulate=True)
-    reader = model.linear._lowprec
-    kind = norm_kind(model.norm)
-    assert kind is not None
-    fuse_norm(model.norm, kind, [reader])
-    other = copy.deepcopy(model)
-    assert other.norm._lowprec_norm.readers[0] is other.linear._lowprec is not reader
-
-
-def convert_target() -> Any:
-    model: Any = nn.Module()
-    model.norm, model.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-    return model
-
-
 def test_hooks_run() -> None:
     ours, x = fused(make("LayerNorm")), batch(4, WIDTH)
     seen: list[str] = []

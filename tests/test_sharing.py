@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hf_lowprec
+import hf_lowprec.modules.sharing as sharing
 from hf_lowprec import ops
 from hf_lowprec.conversion import session_of
 from hf_lowprec.functional import Quantized
-from hf_lowprec.modules.sharing import HandOver, hand_over, share_input, unshare
+from hf_lowprec.modules.sharing import HandOver, hand_over, share_input
 from hf_lowprec.recipe import Gemm, Quant, Recipe, Scaling
 
 RECIPES = ["fp8-lm", "te-delayed", "te-current", "fp8-cscale"]
@@ -292,16 +293,6 @@ def test_state_dict_fits_both() -> None:
     assert float(states(shared)[0].operands[0].scale) > 0
 
 
-def test_unshared_again() -> None:
-    plain, shared = blocks()
-    shared(batch(2, 9, 32))
-    plain(batch(2, 9, 32))
-    unshare(states(shared))
-    assert len({id(state.operands[0].amax) for state in states(shared)}) == 3
-    assert all(state.shared is None for state in states(shared))
-    assert_alike(plain, shared, lambda block, x: block(x))
-
-
 def test_what_cannot_be_shared() -> None:
     _, shared = blocks()
     share_input(states(shared))  # as it is already
@@ -432,3 +423,21 @@ def test_other_data_in_between() -> None:
         return first + block.v(h) + 0 * x.sum()
 
     assert_alike(*blocks("te-current"), run)
+
+
+def test_backward_keeps_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a shared input only what wgrad reads stays alive, although autograd keeps a record of each call."""
+    _, shared = blocks()
+    made: list[weakref.ref[Tensor]] = []
+    real = sharing.quantize_matrix
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        quantized = real(*args, **kwargs)
+        made.append(weakref.ref(quantized.qdata))
+        return quantized
+
+    monkeypatch.setattr(sharing, "quantize_matrix", watched)
+    out = shared(batch(2, 9, 32).requires_grad_())
+    gc.collect()
+    assert made and all(reference() is None for reference in made)
+    out.sum().backward()

@@ -13,7 +13,6 @@ changed or its class got another forward.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,7 +23,6 @@ from torch.autograd.function import once_differentiable
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec.modules.linear import set_class
 from hf_lowprec.modules.norm_kind import NormKind, Rule, norm_kind, rounding_rule, settings
-from hf_lowprec.modules.state import LayerState
 from hf_lowprec.ops.norm import norm, norm_backward
 
 __all__ = ["LowPrecLayerNorm", "LowPrecNorm", "LowPrecRMSNorm", "NormKind", "fuse_norm", "norm_kind", "unfuse_norm"]
@@ -42,7 +40,6 @@ _LEAST = 1 << 23
 class NormState:
     """What a fused norm knows besides its Parameters.
 
-    readers: states of the linears that read its output.
     enabled: False runs the module's own forward.
     emulate: use the operator's plain-torch implementation for CPU tensors instead of the module's own forward.
     least: smaller inputs, in elements, are left to the module's own forward.
@@ -51,7 +48,6 @@ class NormState:
     """
 
     kind: NormKind
-    readers: list[LayerState]
     enabled: bool = True
     emulate: bool = False
     least: int = 0
@@ -132,18 +128,12 @@ class LowPrecLayerNorm(LowPrecNorm):
 _CLASSES: dict[tuple[type, type, Any], type] = {}
 
 
-def fuse_norm(
-    module: nn.Module, kind: NormKind, readers: Sequence[LayerState] = (), *, emulate: bool = False
-) -> NormState:
-    """Let `module`, a norm of this kind (`norm_kind(module)`), compute by the fused kernels, in place.
-
-    readers: states of the linears that read its output and share its quantised form. Of a norm that is fused already
-        they are replaced.
-    """
+def fuse_norm(module: nn.Module, kind: NormKind, *, emulate: bool = False) -> NormState:
+    """Let `module`, a norm of this kind (`norm_kind(module)`), compute by the fused kernels, in place."""
     unfuse_norm(module)
     own = type(module)
     least = _LEAST if own.forward in _TORCHS and not emulate else 0
-    state = NormState(kind, list(readers), emulate=emulate, least=least, settings=settings(module))
+    state = NormState(kind, emulate=emulate, least=least, settings=settings(module))
     module._lowprec_norm = state  # type: ignore[assignment]
     set_class(module, _fused_class(LowPrecLayerNorm if kind.center else LowPrecRMSNorm, own, own.forward))
     return state

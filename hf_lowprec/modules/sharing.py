@@ -130,7 +130,7 @@ def share_input(states: Sequence[LayerState]) -> None:
     if known is not None and known.members == states:
         return
     if any(state.shared is not None and len(state.shared.members) > 1 for state in states):
-        raise ValueError("some of these layers share their input with others already: unshare them first")
+        raise ValueError("some of these layers share their input with others already")
     first = states[0].spec
     wanted = (first.fprop_input, first.wgrad_input, first.shared_input)
     if any((s.spec.fprop_input, s.spec.wgrad_input, s.spec.shared_input) != wanted for s in states):
@@ -141,15 +141,6 @@ def share_input(states: Sequence[LayerState]) -> None:
     for state in states:
         state.shared = group
     group.set_operand(states[0].operands[0])
-
-
-def unshare(states: Sequence[LayerState]) -> None:
-    """Undo `share_input` for the groups of these layers: each goes on with a copy of the state."""
-    for group in {id(s.shared): s.shared for s in states if s.shared is not None}.values():
-        for member in group.members:
-            copied = (None if t is None else t.clone() for t in member.operands[0])
-            member.operands = (OperandState(*copied), *member.operands[1:])  # type: ignore[arg-type]
-            member.shared = None
 
 
 def hand_over(state: LayerState, x: Tensor, quantized: Quantized) -> None:

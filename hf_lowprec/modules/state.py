@@ -83,7 +83,7 @@ class LayerState:
         second = {"input": recipe.wgrad.input, "weight": recipe.dgrad.weight, "grad_output": recipe.wgrad.grad_output}
         operands = tuple(_operand(first[r], second[r], seed=(3 * index + i) << 32) for i, r in enumerate(ROLES))
         spec = LinearSpec.from_recipe(recipe, weight_is_kn=weight_is_kn, emulate=emulate)
-        cache = WeightCache(getattr(recipe, "weight_cache", "both"))
+        cache = WeightCache(recipe.weight_cache)
         return cls(spec=spec, operands=operands, weight_cache=cache)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> None:

@@ -16,9 +16,8 @@ it altogether. Named states therefore round such masters stochastically unless a
 An element of a Parameter that somebody edited (loading weights, merging an adapter) no longer equals cast(master);
 there the Parameter wins and the master follows. (With a residual it is off by at most half an ulp of bfloat16.)
 
-A step in which any gradient holds NaN or Inf (or a value whose square overflows float32) does nothing but count itself
-in `skipped_steps`. Nothing in a step waits for the device: `step` counts, bias corrections and that decision are
-tensors. Loading and adopting do wait.
+A step in which any gradient holds NaN or Inf (or a value whose square overflows float32) only counts itself in
+`skipped_steps`. Nothing in a step waits for the device, to which counts and that decision belong; loading does wait.
 """
 
 from __future__ import annotations
@@ -422,8 +421,7 @@ class LowPrecOptimizer(Optimizer):
     def weight_amax(self, param: Tensor) -> Tensor | None:
         """Largest finite magnitude in `param` after the last step, float32 0-d: to cast it to FP8 in one pass.
 
-        Kernels find it on their way after `note_amax`; None: none of them has stepped `param`, or it is a shard. The
-        next step overwrites it. What others have written to `param` since the step it does not know.
+        None without `note_amax`, for shards, and where no kernel has stepped `param`. The next step overwrites it.
         """
         return None if self._fused is None else self._fused.weight_amax(param)
 
