@@ -2,8 +2,8 @@
 """One forward pass without arithmetic: which linear reads which tensor, and which module made it.
 
 The pass runs on a *skeleton*: for each module of the model an object of the same class with the same attributes, but
-with Parameters and buffers on the meta device, without hooks, and with stand-ins for linears. So nothing is computed, and
-the model itself is not touched: whatever the pass writes, breaks or leaves behind is the skeleton's. That the model is
+with Parameters and buffers on the meta device, without hooks, and with stand-ins for linears. So nothing is computed
+and the model itself not touched: what the pass writes, breaks or leaves behind is the skeleton's. That the model is
 sharded by FSDP2, spread over devices, quantised on loading or wrapped by PEFT makes no difference to its skeleton.
 
 Two things follow from there being no values. Where the forward pass asks for one (`if mask.any()`), it is told zero.
