@@ -28,12 +28,11 @@ AUTOLOAD_ENV = "HF_LOWPREC_AUTOLOAD"
 # Values of --mixed_precision that stay accelerate's, and the recipe names beside them. Written out because importing
 # hf_lowprec.recipe would cost what this file must not; a test compares them with hf_lowprec.recipe.
 OWNED_BY_ACCELERATE = ("no", "fp16", "bf16", "fp8")
-AVAILABLE = ("bf16-sr", "fp8-lm", "fp8-lm-o1", "te-delayed", "te-current", "fp8-amax", "fp8-cscale", "fp8-lm-o2")
-PLANNED = (
-    "fp8-lm-o3", "bitnet", "bitnet-b1.58", "switchback", "switchback-m", "switchback-q", "mxfp8", "mxfp6", "mxfp4",
-    "mxint8", "hfp8", "fp8-chunked", "sr-mac", "unit-scaling", "u-mup", "fp8-flex",
+RECIPES = (
+    "bf16-sr", "fp8-lm", "fp8-lm-o1", "fp8-lm-o2", "fp8-lm-o3", "te-delayed", "te-current", "fp8-amax", "fp8-cscale",
+    "mxfp8", "mxfp6", "mxfp4", "mxint8", "hfp8", "fp8-chunked", "sr-mac", "bitnet", "bitnet-b1.58", "switchback",
+    "switchback-m", "switchback-q", "unit-scaling", "u-mup", "fp8-flex",
 )  # fmt: skip
-RECIPES = AVAILABLE + PLANNED
 
 # module -> functions "module:name" that are called with it once it has been executed
 PATCHES: dict[str, tuple[str, ...]] = {

@@ -81,8 +81,8 @@ def recipes(
         table.add_row(name, word, describe.one_line(recipe))
     for alias, name in ALIASES.items():
         table.add_row(alias, "", f"another name of {name}")
-    for name in PLANNED:
-        table.add_row(name, "planned", describe.PLANNED_WORDS[name])
+    for name, words in PLANNED.items():
+        table.add_row(name, "planned", words)
     console = _console()
     console.print(table)
     for word, why in reasons:

@@ -33,25 +33,6 @@ _WEIGHT_CACHE_WORDS = {
 # Formats whose products FP8 tensor cores compute, with one scale per tensor.
 _TENSOR_CORE_FORMATS = ("e4m3fn", "e5m2")
 
-PLANNED_WORDS: dict[str, str] = {
-    "fp8-lm-o3": "fp8-lm with sharding and all-gather in FP8",
-    "bitnet": "1-bit weights, 8-bit activations, straight-through estimator",
-    "bitnet-b1.58": "ternary weights, 8-bit activations, straight-through estimator",
-    "switchback": "int8 forward and input gradient, 16-bit weight gradient, StableAdamW",
-    "switchback-m": "switchback that saves its operands in int8",
-    "switchback-q": "switchback with one scale per row, weights included",
-    "mxfp8": "OCP Microscaling v1.0: FP8 in blocks of 32",
-    "mxfp6": "OCP Microscaling v1.0: FP6 in blocks of 32",
-    "mxfp4": "OCP Microscaling v1.0: FP4 in blocks of 32",
-    "mxint8": "OCP Microscaling v1.0: int8 in blocks of 32",
-    "hfp8": "IBM's hybrid FP8: e4m3b11 forward, e5m2 backward",
-    "fp8-chunked": "e5m2 with chunked e6m9 accumulation and stochastic-rounding updates (Wang 2018)",
-    "sr-mac": "e6m5 accumulators with stochastic rounding",
-    "unit-scaling": "op-level unit scaling: constants instead of amaxes",
-    "u-mup": "unit scaling with the maximal update parametrisation",
-    "fp8-flex": "learned or searched range and mantissa width",
-}
-
 
 # --- parts ----------------------------------------------------------------------------------------------------------
 
@@ -278,7 +259,7 @@ def recipe_table() -> str:
         also = "".join(f" (= `{alias}`)" for alias in aliases[name])
         elsewhere = "emulated" if recipe.quantises_gemms else ""
         rows.append((f"`{name}`{also}", one_line(recipe), needs(recipe), elsewhere))
-    rows += [(f"`{name}`", PLANNED_WORDS[name], "planned", "") for name in PLANNED]
+    rows += [(f"`{name}`", text, "planned", "") for name, text in PLANNED.items()]
     rows.append(("`exmy:<e><m>`", "any exponent and mantissa width with packed storage", "planned", ""))
     return markdown(rows)
 

@@ -71,10 +71,6 @@ def test_needs_agrees_with_what_convert_refuses(monkeypatch):
     assert {describe.needs(recipe) for recipe in own} == {"nowhere yet"}
 
 
-def test_planned_recipes_are_described():
-    assert set(describe.PLANNED_WORDS) == set(PLANNED)
-
-
 def test_documentation_holds_the_tables():
     table = invoke("recipes", "--markdown")
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")

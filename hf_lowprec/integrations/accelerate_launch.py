@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_lowprec._autoload import AVAILABLE, OWNED_BY_ACCELERATE, RECIPE_ENV
+from hf_lowprec._autoload import OWNED_BY_ACCELERATE, RECIPE_ENV, RECIPES
 
 if TYPE_CHECKING:
     from hf_lowprec.recipe import Recipe
@@ -77,7 +77,7 @@ def patch_parser(module: Any) -> None:
         added: argparse.Action = add_action(self, action)
         if added.dest == "mixed_precision" and tuple(added.choices or ()) == OWNED_BY_ACCELERATE:
             added.choices, added.type = None, _precision
-            added.metavar = "{" + ",".join([*OWNED_BY_ACCELERATE, *AVAILABLE]) + "}"
+            added.metavar = "{" + ",".join([*OWNED_BY_ACCELERATE, *RECIPES]) + "}"
         return added
 
     module.CustomArgumentGroup._add_action = _add_action
