@@ -30,8 +30,8 @@ AUTOLOAD_ENV = "HF_LOWPREC_AUTOLOAD"
 OWNED_BY_ACCELERATE = ("no", "fp16", "bf16", "fp8")
 RECIPES = (
     "bf16-sr", "fp8-lm", "fp8-lm-o1", "fp8-lm-o2", "fp8-lm-o3", "te-delayed", "te-current", "fp8-amax", "fp8-cscale",
-    "mxfp8", "mxfp6", "mxfp4", "mxint8", "hfp8", "fp8-chunked", "sr-mac", "bitnet", "bitnet-b1.58", "switchback",
-    "switchback-m", "switchback-q", "unit-scaling", "u-mup", "fp8-flex",
+    "mxfp8", "mxfp6", "mxfp6-e2m3", "mxfp4", "mxint8", "hfp8", "fp8-chunked", "sr-mac", "bitnet", "bitnet-b1.58",
+    "switchback", "switchback-m", "switchback-q", "unit-scaling", "u-mup", "fp8-flex",
 )  # fmt: skip
 
 # module -> functions "module:name" that are called with it once it has been executed

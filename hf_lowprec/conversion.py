@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_lowprec import fusion, optim, stepping
+from hf_lowprec.describe import FP8_SINCE, MX_SINCE, native_since, recipe_since, sm
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.linear import LowPrecMixin, original_class, set_class
 from hf_lowprec.presets import get_recipe
@@ -60,7 +61,8 @@ def convert(
         modules_to_not_convert: names or regular expressions, added to the defaults; an entry matches a whole dotted
             part of a module name (`"mlp"`), a whole name, or, as a regular expression, all of it.
         module_filter_fn: called with (module, name); False leaves the module alone.
-        emulate: on a GPU without FP8 tensor cores, compute the same numbers slowly instead of raising.
+        emulate: on a GPU without FP8 tensor cores, compute the same numbers slowly instead of raising. Recipes that
+            no GPU has, or only those with MX tensor cores (sm_100), are emulated elsewhere without it.
         fuse: quantise a tensor once for all linears that read it, fuse norms and MLPs (docs/fusing.md).
             None: as the environment variable HF_LOWPREC_FUSE says, 0 or 1; it is on where that is unset.
         min_numel: leave linears in the base precision whose weight has fewer elements. None: the size below which FP8
@@ -103,11 +105,12 @@ def convert(
         min_numel = 0 if emulated else break_even(_device(model))
     choice = Choice(patterns, module_filter_fn, aligned=not emulated, min_numel=min_numel)
     report, modules = select(model, chosen, choice)
-    report.emulated = emulated
+    why = emulation_reason(chosen, _device(model))
+    report.emulated, report.why_emulated = emulated, why or ""
     if chosen.quantises_gemms and not modules:
         raise NothingConvertedError(f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}")
     # Not `emulated`: a model that is still on the CPU runs natively once it has moved to a GPU.
-    always = emulate or native_nowhere(chosen) is not None
+    always = emulate or why is not None
     layers: dict[str, LayerState] = {}
     for index, (name, module) in enumerate(modules.items()):
         kn = type(module) is not nn.Linear
@@ -317,9 +320,9 @@ def _emulates(model: nn.Module, recipe: Recipe, emulate: bool) -> bool:
     """Whether the GEMMs will be emulated. Raises ConversionError for a GPU that would need `emulate=True`."""
     if emulate or not recipe.quantises_gemms:
         return emulate
-    if native_nowhere(recipe) is not None:
-        return True
     device = _device(model)
+    if emulation_reason(recipe, device) is not None:
+        return True
     if device.type in ("cpu", "meta"):  # it may move to the GPU later, where every GEMM is checked again
         return not torch.cuda.is_available()
     problem = native_problem(recipe, device)
@@ -337,25 +340,41 @@ def native_problem(recipe: Recipe, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"recipe {recipe.name!r} has no kernels for device type {device.type!r}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        name = f"{torch.cuda.get_device_name(device)} is sm_{capability[0]}{capability[1]}"
-        return f"recipe {recipe.name!r} needs FP8 tensor cores (sm_89 or newer), {name}"
+    since = recipe_since(recipe)
+    wanted = FP8_SINCE if since is None else since
+    if capability < wanted:
+        name = f"{torch.cuda.get_device_name(device)} is {sm(capability)}"
+        cores = "MX" if wanted == MX_SINCE else "FP8"
+        return f"recipe {recipe.name!r} needs {cores} tensor cores ({sm(wanted)} or newer), {name}"
     return native_nowhere(recipe)
 
 
 def native_nowhere(recipe: Recipe) -> str | None:
     """What keeps `recipe` from any GPU's tensor cores, or None. Such a recipe is emulated, and the summary says so."""
-    for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad):
-        for quant in (gemm.input, gemm.weight, gemm.grad_output):
-            if quant is None:
-                continue
-            granularity = quant.scaling.granularity
-            if quant.format not in ("e4m3fn", "e5m2") or granularity != "tensor":
-                return f"recipe {recipe.name!r} uses {quant.format} per {granularity}, native nowhere yet"
-    return None
+    if recipe_since(recipe) is not None:
+        return None
+    gemms = (recipe.fprop, recipe.dgrad, recipe.wgrad)
+    quants = [q for gemm in gemms for q in (gemm.input, gemm.weight, gemm.grad_output) if q is not None]
+    for quant in quants:
+        if native_since(quant) is None:
+            return f"recipe {recipe.name!r} uses {quant.format} per {quant.scaling.granularity}, native nowhere yet"
+    return f"recipe {recipe.name!r} has a GEMM of operands that are scaled in different ways, native nowhere yet"
+
+
+def emulation_reason(recipe: Recipe, device: torch.device) -> str | None:
+    """Why `recipe` is emulated without being asked for: no GPU has it, or only GPUs with MX tensor cores.
+
+    Who chooses FP8 with one scale per tensor wants its speed, so that a GPU without it is an error unless
+    `emulate=True`. The others are numbers to train with wherever one is. `device`: of the model, which may move from
+    the CPU to the current GPU.
+    """
+    nowhere = native_nowhere(recipe)
+    if nowhere is not None or recipe_since(recipe) != MX_SINCE or not torch.cuda.is_available():
+        return nowhere
+    return native_problem(recipe, device if device.type == "cuda" else torch.device("cuda"))
 
 
 __all__ = [
-    "ConversionError", "ConversionReport", "NothingConvertedError", "convert", "high_precision", "invalidate",
-    "native_nowhere", "native_problem", "recipe_of", "report_of", "revert", "session_of",
+    "ConversionError", "ConversionReport", "NothingConvertedError", "convert", "emulation_reason", "high_precision",
+    "invalidate", "native_nowhere", "native_problem", "recipe_of", "report_of", "revert", "session_of",
 ]  # fmt: skip

@@ -30,8 +30,9 @@ _WEIGHT_CACHE_WORDS = {
     "one": "once per optimizer step, kept in one layout (1 byte per parameter), transposed in backward",
     "none": "in every forward and backward pass, nothing kept",
 }
-# Formats whose products FP8 tensor cores compute, with one scale per tensor.
+# Formats whose products FP8 tensor cores compute: with one scale per tensor, or (MX) one per 32 elements.
 _TENSOR_CORE_FORMATS = ("e4m3fn", "e5m2")
+FP8_SINCE, MX_SINCE = (8, 9), (10, 0)
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -121,11 +122,18 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
     rows.append(("loss scale", "none" if loss_scale.method == "none" else f"{loss_scale.method}, {loss_scale.init:g}"))
     if recipe.quantises_gemms:
         rows.append(("saved by MLPs", _saved_words(recipe)))
-        rows.append(("weight casts", _WEIGHT_CACHE_WORDS[recipe.weight_cache]))
+        rows.append(("weight casts", _weight_cache_words(recipe)))
     rows.append(("base precision", f"{_base(recipe)}: everything that no slot names"))
     if recipe.quantises_gemms:
         rows.append(("stays high", stays_high(recipe)))
     return rows
+
+
+def _weight_cache_words(recipe: Recipe) -> str:
+    """Only a weight that both GEMMs read with one scale for the tensor is kept (`functional.LinearSpec`)."""
+    first, second = recipe.fprop.weight, recipe.dgrad.weight
+    kept = first is not None and first == second and first.scaling.granularity == "tensor"
+    return _WEIGHT_CACHE_WORDS[recipe.weight_cache if kept else "none"]
 
 
 def _saved_words(recipe: Recipe) -> str:
@@ -238,14 +246,39 @@ def _methods(recipe: Recipe) -> str:
     return words
 
 
+def native_since(quant: Quant) -> tuple[int, int] | None:
+    """The compute capability from which on tensor cores read operands of this policy; None: no GPU's do."""
+    scaling = quant.scaling
+    if quant.format not in _TENSOR_CORE_FORMATS:
+        return None
+    if scaling.granularity == "tensor" and scaling.store == "float32":
+        return FP8_SINCE
+    return MX_SINCE if (scaling.block, scaling.store) == ((32,), "e8m0") else None
+
+
+def recipe_since(recipe: Recipe) -> tuple[int, int] | None:
+    """The same for all GEMMs of a recipe; (0, 0) where it quantises none."""
+    since: tuple[int, int] = (0, 0)
+    for gemm, (_, slots) in GEMMS.items():
+        quants = [q for q in (getattr(getattr(recipe, gemm), slot) for slot in slots) if q is not None]
+        found = [native_since(quant) for quant in quants]
+        if None in found or len(set(found)) > 1:
+            return None
+        since = max([since, *(f for f in found if f is not None)])
+    return since
+
+
+def sm(capability: tuple[int, int]) -> str:
+    """`sm_89`."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
 def needs(recipe: Recipe) -> str:
     """Hardware on which the recipe's GEMMs run natively; everywhere else they are emulated."""
-    quants = [getattr(getattr(recipe, gemm), slot) for gemm, (_, slots) in GEMMS.items() for slot in slots]
-    used = [quant for quant in quants if quant is not None]
-    if not used:
-        return "any"
-    native = all(q.format in _TENSOR_CORE_FORMATS and q.scaling.granularity == "tensor" for q in used)
-    return "sm_89 or newer" if native else "nowhere yet"
+    since = recipe_since(recipe)
+    if since is None:
+        return "nowhere yet"
+    return f"{sm(since)} or newer" if since > (0, 0) else "any"
 
 
 # --- documentation --------------------------------------------------------------------------------------------------
@@ -260,7 +293,8 @@ def recipe_table() -> str:
         elsewhere = "emulated" if recipe.quantises_gemms else ""
         rows.append((f"`{name}`{also}", one_line(recipe), needs(recipe), elsewhere))
     rows += [(f"`{name}`", text, "planned", "") for name, text in PLANNED.items()]
-    rows.append(("`exmy:<e><m>`", "any exponent and mantissa width with packed storage", "planned", ""))
+    words = "a sign, X exponent and Y mantissa bits in all six slots; exponents aligned per tensor, or `/row`"
+    rows.append(("`exmy:e<X>m<Y>`", words, "nowhere yet", "emulated"))
     return markdown(rows)
 
 

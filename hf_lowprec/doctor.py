@@ -15,7 +15,8 @@ import torch
 
 from hf_lowprec import __version__
 from hf_lowprec._autoload import AUTOLOAD_ENV, RECIPE_ENV
-from hf_lowprec.conversion import native_nowhere, native_problem
+from hf_lowprec.conversion import emulation_reason, native_problem
+from hf_lowprec.describe import MX_SINCE, recipe_since
 from hf_lowprec.presets import PRESETS, get_recipe
 from hf_lowprec.recipe import Recipe, RecipeError
 
@@ -50,10 +51,11 @@ def runs_here(recipe: Recipe) -> tuple[str, str]:
         return "native", "no GEMM in low precision"
     if not torch.cuda.is_available():
         return "emulated", "no NVIDIA GPU; the CPU computes the same numbers slowly"
-    problem = native_problem(recipe, torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    problem = native_problem(recipe, device)
     if problem is None:
-        return "native", "FP8 tensor cores"
-    if native_nowhere(recipe) is not None:
+        return "native", "MX tensor cores" if recipe_since(recipe) == MX_SINCE else "FP8 tensor cores"
+    if emulation_reason(recipe, device) is not None:
         return "emulated", problem
     return "refused", f"{problem}; convert(..., emulate=True) computes the same numbers slowly"
 

@@ -238,7 +238,8 @@ class _Linear(torch.autograd.Function):
             else:
                 flat = input.reshape(-1, input.shape[-1])
                 saved_x, saved_x_scale = _quantize(flat.t(), spec.wgrad_input, call.input_state, x is None)
-        ctx.save_for_backward(saved_x, saved_x_scale, w_scale, weight if trains_input and w is None else None)
+        kept_scale = w_scale if spec.shared_weight else None
+        ctx.save_for_backward(saved_x, saved_x_scale, kept_scale, weight if trains_input and w is None else None)
         # Not saved tensors: backward writes to the states, and a layer that ran twice would find them "modified in
         # place"; a cached weight is no activation, which a hook on saved tensors would move to the CPU, say.
         ctx.call = call._replace(quantized=None)  # of which backward reads `saved_x` alone

@@ -28,6 +28,7 @@ class ConversionReport:
     unread: fused norm -> why it has no such linears.
     mlps, unfused_mlps: MLP -> what it computes; or -> why it runs unfused.
     untraced: model or part of it -> why nobody knows which of its modules read the same tensors.
+    emulated, why_emulated: whether GEMMs are computed slowly, and why that is so although nobody asked for it.
     optimizer: one line about the optimizer, once one is attached.
     attention, loss: what else was chosen for this model, in a few words.
     """
@@ -50,6 +51,7 @@ class ConversionReport:
     converted_flops: int = 0
     bytes_per_parameter: float = 0.0
     emulated: bool = False
+    why_emulated: str = ""
     optimizer: str = "no optimizer attached"
     attention: str | None = None
     loss: str | None = None
@@ -74,7 +76,8 @@ class ConversionReport:
 
     def summary(self) -> str:
         """One line for the log."""
-        how = ("emulated" if self.emulated else "native") + " GEMMs" + self._fused()
+        how = ("emulated" if self.emulated else "native") + " GEMMs"
+        how += (f" ({self.why_emulated})" if self.emulated and self.why_emulated else "") + self._fused()
         return (
             f"hf_lowprec: recipe {self.recipe.name}: converted {len(self.converted)} of {self.total_linears} linears "
             f"({self.parameter_share:.1%} of parameters, {self.flop_share:.1%} of layer GEMM FLOPs), {how}; "

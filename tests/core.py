@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,7 @@ def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 @dataclass
 class ReferenceLinear:
-    """Forward and both gradients of one layer, step after step, for recipes whose slots scale per tensor.
+    """Forward and both gradients of one layer, step after step; blocks and rows lie along the axis of the sum.
 
     Delayed scaling as TransformerEngine does it: the first use scales by the tensor itself; at the end of a step the
     amax of the step enters the history, and the largest of it gives the next scale.
@@ -117,10 +118,13 @@ class ReferenceLinear:
     seen: dict[str, float] = field(default_factory=dict)
 
     def quantised(self, role: str, quant: Quant | None, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of Q(x) in float32."""
+        """Values of Q(x) in float32, for a product that sums over the last axis of x."""
         if quant is None:
             return x.to(dtype).float()
         scaling = quant.scaling
+        if scaling.granularity in ("block", "row"):
+            run = scaling.block[0] if scaling.block else x.shape[-1]
+            return torch.cat([self._group(part, quant) for part in x.float().split(run, -1)], -1)
         amax = x.float().abs().max() if x.numel() else torch.zeros(())
         if scaling.method == "static":
             scale = torch.tensor(2.0**scaling.exponent)
@@ -131,8 +135,31 @@ class ReferenceLinear:
         if scaling.method == "delayed":
             self.seen[role] = max(self.seen.get(role, 0.0), float(amax))
         fmt = get_format(quant.format)
+        if fmt.torch_dtype_name is None:
+            return self._nearest(x.float() / scale, quant) * scale
         codes = (x.float() * (1.0 / scale)).clamp(-fmt.max, fmt.max).to(getattr(torch, fmt.torch_dtype_name))
         return codes.float() * scale
+
+    def _group(self, x: Tensor, quant: Quant) -> Tensor:
+        """Q of rows that each have one scale, by its own amax."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = torch.tensor([float(self.scale_of(float(row.abs().max()), quant)) for row in rows])
+        scale = scale.view(*x.shape[:-1], 1)
+        return self._nearest(x / scale, quant) * scale
+
+    @staticmethod
+    def _nearest(x: Tensor, quant: Quant) -> Tensor:
+        """The nearest value in the table of the format's, ties to the even code or away from zero."""
+        fmt = get_format(quant.format)
+        codes = range(fmt.max_code + 1)
+        values = torch.tensor([fmt.decode(code) for code in codes], dtype=torch.float64)
+        size = x.double().abs().clamp(max=fmt.max).contiguous()
+        above = torch.bucketize(size, values).clamp(min=1)
+        below = above - 1
+        up, down = values[above] - size, size - values[below]
+        ties = above % 2 == 0 if quant.rounding.mode == "nearest" else torch.ones_like(above, dtype=torch.bool)
+        code = torch.where((up < down) | ((up == down) & ties), above, below)
+        return values[code].float().copysign(x)
 
     @staticmethod
     def scale_of(amax: float, quant: Quant) -> Tensor:
@@ -141,6 +168,8 @@ class ReferenceLinear:
         largest = get_format(quant.format).max
         if quant.scaling.snap == "exact":
             return torch.tensor(amax) / torch.tensor(largest)
+        if quant.scaling.snap == "ocp":
+            return torch.tensor(2.0 ** (math.floor(math.log2(amax)) - math.floor(math.log2(largest))))
         exponent = -140
         while largest * 2.0**exponent < amax:  # the least power of two that keeps amax within the format
             exponent += 1
@@ -157,9 +186,9 @@ class ReferenceLinear:
         if bias is not None:
             out = out + bias.float()
         gd = self.quantised("grad_output", r.dgrad.grad_output, g, dtype)
-        grad_input = gd @ self.quantised("weight", r.dgrad.weight, weight, dtype)
-        gw = self.quantised("grad_output", r.wgrad.grad_output, g, dtype)
-        grad_weight = gw.t() @ self.quantised("input", r.wgrad.input, rows, dtype)
+        grad_input = gd @ self.quantised("weight", r.dgrad.weight, weight.t(), dtype).t()
+        gw = self.quantised("grad_output", r.wgrad.grad_output, g.t(), dtype)
+        grad_weight = gw @ self.quantised("input", r.wgrad.input, rows.t(), dtype).t()
         return out.reshape(*x.shape[:-1], len(weight)), grad_input.reshape(x.shape), grad_weight, g.float().sum(0)
 
     def end_step(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import hf_lowprec
 from hf_lowprec.conversion import ConversionError, NothingConvertedError, native_problem, session_of
+from hf_lowprec.describe import needs
 from hf_lowprec.modules import LowPrecLinear
 from hf_lowprec.monitor import statistics
 from hf_lowprec.ops import quant_key
@@ -47,7 +49,7 @@ def test_unknown_recipe_like_no_other_lists_what_there_is() -> None:
         hf_lowprec.convert(mlp(), "zzzzzzzz")
 
 
-@pytest.mark.parametrize("name", [*PLANNED, "exmy:e3m1"])
+@pytest.mark.parametrize("name", PLANNED)
 def test_planned_recipes_are_not_unknown(name: str) -> None:
     model = mlp()
     with pytest.raises(RecipeError, match=rf"'{name}' is planned, not available yet; available: .*fp8-lm"):
@@ -125,7 +127,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return set_capability
 
 
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", [name for name in QUANTISING if needs(PRESETS[name]) == "sm_89 or newer"])
 def test_gpu_without_fp8(name: str, gpu: Callable[[int, int], None]) -> None:
     gpu(8, 0)
     model = OnGpu(nn.Linear(32, 32))
@@ -156,6 +158,32 @@ def test_recipes_that_no_gpu_has(gpu: Callable[[int, int], None]) -> None:
     assert "no kernels for device type 'mps'" in str(native_problem(PRESETS["fp8-lm"], torch.device("mps")))
 
 
+@pytest.mark.parametrize("name", [name for name in QUANTISING if needs(PRESETS[name]) != "sm_89 or newer"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_recipes_beyond_fp8_tensor_cores_are_emulated_unasked(
+    name: str, capability: tuple[int, int], gpu: Callable[[int, int], None]
+) -> None:
+    """MXFP8 is native from sm_100 on; the others nowhere. The summary says which, and why."""
+    gpu(*capability)
+    report = hf_lowprec.convert(model := OnGpu(nn.Linear(32, 32)), name)
+    native = needs(PRESETS[name]) == "sm_100 or newer" and capability == (10, 0)
+    assert report.emulated == model[0]._lowprec.spec.emulate == (not native)
+    if native:
+        assert "native GEMMs" in report.summary()
+    elif needs(PRESETS[name]) == "sm_100 or newer":
+        why = rf"emulated GEMMs \(recipe '{name}' needs MX tensor cores \(sm_100 or newer\), NVIDIA Oldtimer is sm_"
+        assert re.search(why, report.summary())
+    else:
+        assert "emulated GEMMs (recipe" in report.summary()
+
+
+def test_a_model_on_its_way_to_an_older_gpu(gpu: Callable[[int, int], None]) -> None:
+    gpu(9, 0)
+    report = hf_lowprec.convert(model := nn.Sequential(nn.Linear(32, 32)), "mxfp8")
+    assert report.emulated and model[0]._lowprec.spec.emulate
+    assert not hf_lowprec.convert(nn.Sequential(nn.Linear(32, 32)), "fp8-lm").emulated
+
+
 def test_recipes_without_gemms_need_no_fp8(gpu: Callable[[int, int], None]) -> None:
     gpu(7, 0)
     hf_lowprec.convert(OnGpu(nn.Linear(32, 32)), "bf16")
@@ -170,6 +198,13 @@ def test_gemm_on_a_gpu_without_fp8(gpu: Callable[[int, int], None]) -> None:
     key = quant_key(Quant(format="e4m3fn"))
     with pytest.raises(RuntimeError, match=r"NVIDIA Oldtimer has no FP8 tensor cores .*emulate=True"):
         scaled_mm._supported(torch.device("cuda"), key, key)
+    mx = quant_key(PRESETS["mxfp8"].fprop.input)
+    with pytest.raises(RuntimeError, match=r"NVIDIA Oldtimer has no MX tensor cores .*emulate=True"):
+        scaled_mm._supported(torch.device("cuda", 1), mx, mx)
+    gpu(10, 0)
+    assert scaled_mm._supported(torch.device("cuda", 2), mx, mx) == "scaled_mm MX e4m3fn x e4m3fn"
+    with pytest.raises(RuntimeError, match=r"no native GEMM for e4m3fn x e4m3fn with these scalings"):
+        scaled_mm._supported(torch.device("cuda", 3), mx, key)
 
 
 # --- optimizers and checkpoints -------------------------------------------------------------------------------------

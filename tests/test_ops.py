@@ -84,7 +84,28 @@ def test_quantize_is_numerics(name: str) -> None:
     assert same_bits(qdata, expected.qdata) and same_bits(scale, expected.scale)
     if name == "delayed":
         assert float(s["amax"]) == float(x.abs().max())
-    assert int(s["counts"][0]) == (x.numel() if scale.numel() == 1 else 0)
+    assert int(s["counts"][0]) == x.numel()
+
+
+GROUPS = {
+    "row": Scaling(granularity="row", margin=-3),
+    "short block": Scaling(granularity="block", block=(48,), snap="ocp", store="e8m0"),
+    "tile": Scaling(granularity="tile", block=(3, 50), margin=-2),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_counters_go_by_the_scale_of_each_group(name: str) -> None:
+    """On a sample of 65536 elements and a few, which is all that a larger tensor is looked at."""
+    x = batch(700, 200) * torch.exp2(batch(700, 200, seed=1) * 4)
+    x[5, 7] = float("inf")
+    quant, counts = Quant(format="e2m1", scaling=GROUPS[name]), torch.zeros(4, dtype=torch.int64)
+    _, scale = quantize(x, quant_key(quant), counts=counts)
+    z = (x.abs() / numerics.expand_scale(scale.float(), (700, 200), quant.scaling)).reshape(-1)[::3]
+    x = x.reshape(-1)[::3]
+    finite = x.isfinite()
+    wanted = [x.numel(), (finite & (z > 6)).sum(), ((z > 0) & (z <= 0.25)).sum(), (~finite).sum()]
+    assert counts.tolist() == [int(w) for w in wanted] and min(counts[:3]) > 500
 
 
 def test_amax_rises_and_does_not_fall() -> None:

@@ -52,7 +52,8 @@ def test_names() -> None:
     assert set(known_names()) == {*PRESETS, *ALIASES, *PLANNED}
     design = ["bf16", "bf16-sr", "fp16", "fp8-lm", "fp8-lm-o1", "te-delayed", "te-current", "fp8-amax", "fp8-cscale",
               "fp8-lm-o3", "bitnet", "bitnet-b1.58", "switchback", "switchback-m", "switchback-q", "mxfp8", "mxfp6",
-              "mxfp4", "mxint8", "hfp8", "fp8-chunked", "sr-mac", "unit-scaling", "u-mup", "fp8-flex"]  # fmt: skip
+              "mxfp6-e2m3", "mxfp4", "mxint8", "hfp8", "fp8-chunked", "sr-mac", "unit-scaling", "u-mup",
+              "fp8-flex"]  # fmt: skip
     assert {*PRESETS, *PLANNED} == set(design) and not {*PRESETS} & {*PLANNED}, "every name of the design is known"
 
 

@@ -25,7 +25,7 @@ from hf_lowprec.conversion import (
     ConversionError,
     NothingConvertedError,
     convert,
-    native_nowhere,
+    emulation_reason,
     native_problem,
     recipe_of,
     report_of,
@@ -150,7 +150,7 @@ def _check_supported(accelerator: Any, model: nn.Module, recipe: Recipe) -> None
         raise ConversionError(f"recipe {recipe.name!r} does not run with tensor parallelism yet; set tp_size to 1")
     # The model may still be on the CPU, where everything is emulated; what counts is where it is going.
     problem = native_problem(recipe, accelerator.device) if accelerator.device.type != "cpu" else None
-    if problem is not None and native_nowhere(recipe) is None:
+    if problem is not None and emulation_reason(recipe, accelerator.device) is None:
         raise ConversionError(f"{problem}; use recipe 'bf16', or convert by hand with emulate=True")
 
 

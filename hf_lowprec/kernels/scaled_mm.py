@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hf_lowprec::scaled_mm on CUDA: `torch._scaled_mm`, with the layouts that Hopper's FP8 tensor cores demand.
+"""hf_lowprec::scaled_mm on CUDA: `torch._scaled_mm`, with the layouts that Hopper's FP8 tensor cores demand, and MX.
 
 Both operands must be contiguous along the reduction axis ("K-major") and that axis, like the output's last one, must
 be a multiple of 16 long. wgrad reduces over tokens, of which there can be any number: its operands are transposed into
@@ -13,12 +13,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hf_lowprec.describe import FP8_SINCE, MX_SINCE, native_since
+from hf_lowprec.kernels.microscaling import mx_scaled_mm
 from hf_lowprec.kernels.triton.transpose import transpose
 from hf_lowprec.ops.quantize import parse_quant
 from hf_lowprec.ops.registry import count
 from hf_lowprec.ops.scaled_mm import default_scaled_mm
 
 _ALIGNMENT = 16
+_MX = "scaled_mm MX"
 
 
 def scaled_mm(
@@ -41,12 +44,17 @@ def scaled_mm(
         return out if bias is None else out + bias.to(dtype)
     # cuBLASLt adds a bias in 16-bit outputs only.
     fused = bias is not None and dtype != torch.float32
+    added = bias.to(dtype) if bias is not None and fused else None
+    if named.startswith(_MX):
+        out = mx_scaled_mm(a, a_scale, b, b_scale, added, dtype)
+        count(named)
+        return out if bias is None or fused else out.add_(bias)
     out = torch._scaled_mm(
         _k_major(a),
         _k_major(b).t(),
         scale_a=a_scale,
         scale_b=b_scale,
-        bias=bias.to(dtype) if bias is not None and fused else None,
+        bias=added,
         out_dtype=dtype,
         use_fast_accum=fast,
     )
@@ -65,7 +73,15 @@ def _supported(device: torch.device, a_quant: str, b_quant: str) -> str:
     """The name under which a GEMM of these operands is counted. Raises RuntimeError: this GPU has none."""
     a, b = parse_quant(a_quant), parse_quant(b_quant)
     formats = a.format, b.format
-    if torch.cuda.get_device_capability(device) < (8, 9):
+    capability = torch.cuda.get_device_capability(device)
+    if native_since(a) == native_since(b) == MX_SINCE and formats != ("e5m2", "e5m2"):
+        if capability < MX_SINCE:
+            raise RuntimeError(
+                f"{torch.cuda.get_device_name(device)} has no MX tensor cores (sm_100 or newer needed): convert with "
+                "emulate=True to compute the same numbers slowly, or use recipe 'bf16'"
+            )
+        return f"{_MX} {formats[0]} x {formats[1]}"
+    if capability < FP8_SINCE:
         raise RuntimeError(
             f"{torch.cuda.get_device_name(device)} has no FP8 tensor cores (sm_89 or newer needed): convert with "
             "emulate=True to compute the same numbers slowly, or use recipe 'bf16'"

@@ -25,7 +25,7 @@ from hf_lowprec import numerics
 from hf_lowprec.formats import Format, get_format
 from hf_lowprec.numerics.scaling import store_scale
 from hf_lowprec.ops.registry import LIBRARY, direct
-from hf_lowprec.recipe import Quant
+from hf_lowprec.recipe import Quant, Scaling
 
 _QUANT = TypeAdapter(Quant)
 # Counters look at about this many elements of a tensor: fractions to 1 % need no second pass over all of it.
@@ -90,7 +90,8 @@ def quantize(
         partials: float32, a power of two of them: amaxes of parts that cover the input, from whoever computed it. They
             spare the pass for the amax where one is needed. One scale for the tensor only.
 
-    Returns: qdata (torch's float8 or 16-bit dtype, or integer codes), and the float32 scale with x ~ qdata * scale.
+    Returns: qdata (torch's float8 or 16-bit dtype, or integer codes), and the scale with x ~ qdata * scale, float32 or
+    float8_e8m0fnu.
     """
     kernel = direct("quantize", input)
     if kernel is not None:
@@ -173,12 +174,15 @@ def sample_stride(numel: int) -> int:
 
 def _count(hp: Tensor, policy: Quant, scale: Tensor, counts: Tensor) -> None:
     flat = hp.reshape(-1)
-    if not flat.numel() or scale.numel() != 1:
+    if not flat.numel():
         return
-    sample = flat[:: sample_stride(flat.numel())].float()
-    magnitude = sample.abs() * (1.0 / scale.float())
-    fmt = get_format(policy.format)
-    finite = magnitude.isfinite()
+    stride = sample_stride(flat.numel())
+    sample, fmt = flat[::stride].float(), get_format(policy.format)
+    one = scale.numel() == 1
+    used = scale.float() if one else _scales_of_sample(scale.float(), hp.shape, policy.scaling, stride)
+    magnitude = sample.abs() * (1.0 / used)
+    # Where the format has no NaN, one bad element makes the whole group's scale NaN; only that element is counted.
+    finite = (magnitude if one and fmt.has_nan else sample).isfinite()
     seen = torch.stack(
         [
             torch.full((), sample.numel(), dtype=torch.int64, device=hp.device),
@@ -188,6 +192,15 @@ def _count(hp: Tensor, policy: Quant, scale: Tensor, counts: Tensor) -> None:
         ]
     )
     counts.add_(seen)
+
+
+def _scales_of_sample(scale: Tensor, shape: torch.Size, scaling: Scaling, stride: int) -> Tensor:
+    """The scale of every `stride`-th element of a tensor of `shape` in groups along its last axis, or in tiles."""
+    if scaling.granularity in ("row", "block"):
+        index = torch.arange(0, shape.numel(), stride, device=scale.device)
+        run = scaling.block[0] if scaling.block else shape[-1]
+        return scale.view(-1)[index // shape[-1] * scale.shape[-1] + index % shape[-1] // run]
+    return numerics.expand_scale(scale, tuple(shape), scaling).expand(shape).reshape(-1)[::stride]
 
 
 def default_cast_transpose(
@@ -248,8 +261,11 @@ def _fake_quantize(
     qdata = input.new_empty(input.shape, dtype=storage_dtype(policy.format))
     if fixed and scale is not None:
         return qdata, torch.empty_like(scale)
-    scale = numerics.scale_like(input, policy.scaling)
-    return qdata, scale.to(torch.float8_e8m0fnu) if policy.scaling.store == "e8m0" else scale
+    return qdata, numerics.scale_like(input, policy.scaling).to(_scale_dtype(policy.scaling))
+
+
+def _scale_dtype(scaling: Scaling) -> torch.dtype:
+    return torch.float8_e8m0fnu if scaling.store == "e8m0" else torch.float32
 
 
 def _fake_cast_transpose(
@@ -270,7 +286,7 @@ def _fake_cast_transpose(
     for size in input.shape[:-1]:
         r = r * size
     nothing = input.new_empty(0, dtype=dtype)
-    used = input.new_empty((), dtype=torch.float32)
+    used = input.new_empty((), dtype=_scale_dtype(parse_quant(quant).scaling))
     return (
         input.new_empty((r, c), dtype=dtype) if rows else nothing,
         input.new_empty((c, padded(r)), dtype=dtype) if columns else nothing,

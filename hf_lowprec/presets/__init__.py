@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowprec.presets import flexible, fp8, integer, microscaling, narrow, sixteen, unscaled
+from hf_lowprec.presets.exmy import GRAMMAR, PREFIX, exmy_recipe
 from hf_lowprec.presets.fp8 import DECOUPLING, FP8_LM_STATES
 from hf_lowprec.recipe import Recipe, RecipeError
 
@@ -27,10 +28,6 @@ PLANNED: dict[str, str] = {
         "switchback": "int8 forward and input gradient, 16-bit weight gradient, StableAdamW",
         "switchback-m": "switchback that saves its operands in int8",
         "switchback-q": "switchback with one scale per row, weights included",
-        "mxfp8": "OCP Microscaling v1.0: FP8 in blocks of 32",
-        "mxfp6": "OCP Microscaling v1.0: FP6 in blocks of 32",
-        "mxfp4": "OCP Microscaling v1.0: FP4 in blocks of 32",
-        "mxint8": "OCP Microscaling v1.0: int8 in blocks of 32",
         "hfp8": "IBM's hybrid FP8: e4m3b11 forward, e5m2 backward",
         "fp8-chunked": "e5m2 with chunked e6m9 accumulation and stochastic-rounding updates (Wang 2018)",
         "sr-mac": "e6m5 accumulators with stochastic rounding",
@@ -48,7 +45,7 @@ def known_names() -> list[str]:
 
 
 def get_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
-    """A preset's name, a path to a .yaml or .json file, a dict, or a Recipe.
+    """A preset's name, `exmy:e3m1` (`presets.exmy`), a path to a .yaml or .json file, a dict, or a Recipe.
 
     Raises RecipeError: unknown name (with the nearest ones), planned name, missing or malformed file.
     """
@@ -69,10 +66,12 @@ def get_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
     name = ALIASES.get(text.lower().replace("_", "-"), text.lower().replace("_", "-"))
     if name in PRESETS:
         return PRESETS[name]
-    if name in PLANNED or name.startswith("exmy:"):
+    if name.startswith(PREFIX):
+        return exmy_recipe(name)
+    if name in PLANNED:
         raise RecipeError(f"recipe {text!r} is planned, not available yet; available: {', '.join(PRESETS)}")
     near = difflib.get_close_matches(name, known_names(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {', '.join(PRESETS)}"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {', '.join(PRESETS)}, {GRAMMAR}"
     raise RecipeError(f"unknown recipe {text!r}; {hint}")
 
 
