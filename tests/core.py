@@ -123,6 +123,8 @@ class ReferenceLinear:
             return x.to(dtype).float()
         scaling = quant.scaling
         if scaling.granularity in ("block", "row"):
+            if not x.numel():
+                return x.float()
             run = scaling.block[0] if scaling.block else x.shape[-1]
             return torch.cat([self._group(part, quant) for part in x.float().split(run, -1)], -1)
         amax = x.float().abs().max() if x.numel() else torch.zeros(())

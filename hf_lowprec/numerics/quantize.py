@@ -189,7 +189,7 @@ def _runs(scale: Tensor, x: Tensor, quant: Quant, reduction_axis: int) -> tuple[
     if scale.numel() == 1:
         return scale.reshape(()), 1
     if scaling.granularity == "row":
-        return scale.reshape(-1), x.shape[-1]
+        return scale.reshape(-1), max(x.shape[-1], 1)
     if scaling.granularity == "block" and reduction_axis in (-1, x.dim() - 1) and x.shape[-1] % scaling.block[0] == 0:
         return scale.reshape(-1), scaling.block[0]
     return expand_scale(scale, tuple(x.shape), scaling, reduction_axis).expand(x.shape).reshape(-1), 1
