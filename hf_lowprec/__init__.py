@@ -27,6 +27,8 @@ _EXPORTS = {
     "Recipe": "recipe",
     "RecipeError": "recipe",
     "PRESETS": "presets",
+    "export_pretrained": "checkpoint",
+    "load_exported": "checkpoint",
     "LowPrecLinear": "modules",
     "StableEmbedding": "modules",
     "LowPrecConfig": "integrations.quantizer",
@@ -42,6 +44,7 @@ _NAMESPACES = ("optim", "numerics", "monitor")
 __all__ = [*_EXPORTS, *_NAMESPACES]
 
 if TYPE_CHECKING:
+    from hf_lowprec.checkpoint import export_pretrained, load_exported
     from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, revert
     from hf_lowprec.modules import LowPrecLinear, StableEmbedding
     from hf_lowprec.presets import PRESETS

@@ -81,6 +81,8 @@ def recipes(
         table.add_row(name, word, describe.one_line(recipe))
     for alias, name in ALIASES.items():
         table.add_row(alias, "", f"another name of {name}")
+    word, why = runs_here(get_recipe("exmy:e3m1"))
+    table.add_row("exmy:e<X>m<Y>[/row]", word, describe.EXMY_WORDS)
     for name, words in PLANNED.items():
         table.add_row(name, "planned", words)
     console = _console()
@@ -165,13 +167,19 @@ def inspect(
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _build(name: str) -> nn.Module:
-    """The model of a config, on the meta device."""
+def _transformers(command: str) -> Any:
     try:
-        import torch
         import transformers
     except ImportError:
-        _fail("inspect needs transformers: pip install 'hf-lowprec[transformers]'")
+        _fail(f"{command} needs transformers: pip install 'hf-lowprec[transformers]'")
+    return transformers
+
+
+def _build(name: str) -> nn.Module:
+    """The model of a config, on the meta device."""
+    transformers = _transformers("inspect")
+    import torch
+
     path = Path(name)
     if path.suffix == ".json" and not path.is_file():
         _fail(f"there is no file {name}")
@@ -207,6 +215,36 @@ def _layers(model: nn.Module, report: ConversionReport, every: bool) -> Table:
         size = sum(weight.numel() * weight.element_size() for weight in group)
         table.add_row(kind, str(len(group)), shape, f"{sum(w.numel() for w in group):,}", f"{size:,}", fate)
     return table
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A folder or a hub name.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")],
+    weights: Annotated[str, typer.Option("--format", help="exmy:e3m1 (an exponent per weight), exmy:e3m1/row.")],
+) -> None:
+    """Write a model's weights in fewer bits, with its config and tokenizer; hf_lowprec.load_exported reads them."""
+    from hf_lowprec.checkpoint import ExportError, export_pretrained
+
+    transformers = _transformers("export")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        architecture = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        network = (architecture or transformers.AutoModelForCausalLM).from_pretrained(model, dtype="auto")
+    except (OSError, ValueError) as error:
+        _fail(f"no model can be loaded from {model!r}: {error}")
+    try:
+        report = export_pretrained(network, folder, format=weights)
+    except (ExportError, ImportError) as error:
+        _fail(error)
+    try:
+        transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        typer.echo(f"no tokenizer found in {model!r}")
+    typer.echo(str(report))
 
 
 # --- doctor and run -------------------------------------------------------------------------------------------------

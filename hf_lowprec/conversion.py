@@ -89,7 +89,7 @@ def convert(
             "nn.DataParallel copies the model at every step and loses its scales; start one process per GPU with "
             "`accelerate launch` (or set CUDA_VISIBLE_DEVICES to one GPU)"
         )
-    model = _unwrapped(model)
+    model = unwrapped(model)
     existing = session_of(model)
     if existing is not None:
         _check_same(existing, model, chosen, excluded, module_filter_fn)
@@ -221,7 +221,7 @@ def check_switch(name: str, value: object) -> None:
 # --- what convert checks first --------------------------------------------------------------------------------------
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """`model` without torch.compile and DDP around it, so that layer names do not depend on how it is launched."""
     while True:
         if "_orig_mod" in model._modules:
@@ -377,4 +377,5 @@ def emulation_reason(recipe: Recipe, device: torch.device) -> str | None:
 __all__ = [
     "ConversionError", "ConversionReport", "NothingConvertedError", "convert", "emulation_reason", "high_precision",
     "invalidate", "native_nowhere", "native_problem", "recipe_of", "report_of", "revert", "session_of",
+    "unwrapped",
 ]  # fmt: skip

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How codes lie in memory: the dtype of a stored code, integers in two's complement, two 4-bit codes to a byte.
+"""How codes lie in memory: the dtype of a stored code, integers in two's complement, codes that share bytes.
 
 `numerics.encode` gives every format the same containers (uint8 or int16, sign and magnitude). Stored states differ in
-two cases: formats without exponent are the integers that they mean (`e0m7` int8, `e0m8u` uint8), which a processor
-converts by itself, and formats of 4 bits share bytes.
+two cases. Formats of 8 bits without exponent are the integers that they mean (`e0m7` int8, `e0m8u` uint8), which a
+processor converts by itself. And formats of other widths than 8 and 16 bits share bytes:
+
+    4 bits     2 codes to a byte, the first in the low nibble
+    B bits     8 codes to B bytes, in the planes of `numerics.packing`
+
+so that whole groups of codes, wherever they are cut out of a tensor, are whole bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_lowprec.formats import Codebook, Format
+from hf_lowprec.numerics import packing
 
 
 def integer_unit(fmt: Format | Codebook) -> float:
@@ -38,8 +44,38 @@ def code_dtype(fmt: Format | Codebook) -> torch.dtype:
 
 
 def is_packed(fmt: Format | Codebook) -> bool:
-    """Whether two codes share a byte."""
-    return fmt.bits == 4
+    """Whether codes share bytes."""
+    return fmt.bits not in (8, 16)
+
+
+def group_of(fmt: Format | Codebook) -> tuple[int, int]:
+    """(codes, elements of the stored tensor) that begin and end together: (2, 1) for 4 bits, (8, B) for B bits."""
+    if not is_packed(fmt):
+        return 1, 1
+    return (2, 1) if fmt.bits == 4 else (packing.GROUP, fmt.bits)
+
+
+def stored_size(n: int, fmt: Format | Codebook) -> int:
+    """Elements of the stored tensor for n codes."""
+    codes, stored = group_of(fmt)
+    return -(-n // codes) * stored
+
+
+def pack_codes(codes: Tensor, fmt: Format | Codebook) -> Tensor:
+    """n codes of a format that `is_packed`, any shape, as uint8 [stored_size(n)]."""
+    if fmt.bits == 4:
+        return pack_nibbles(codes)
+    flat = codes.reshape(-1)
+    if missing := -flat.numel() % packing.GROUP:
+        flat = torch.cat([flat, flat.new_zeros(missing)])
+    return packing.pack(flat.view(-1, packing.GROUP), fmt.bits).view(-1)
+
+
+def unpack_codes(packed: Tensor, n: int, fmt: Format | Codebook) -> Tensor:
+    """The inverse of `pack_codes`: uint8 [n], or int16 for more than 8 bits."""
+    if fmt.bits == 4:
+        return unpack_nibbles(packed, n)
+    return packing.unpack(packed.view(-1, fmt.bits), fmt.bits, packing.GROUP).reshape(-1)[:n]
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

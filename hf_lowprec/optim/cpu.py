@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_lowprec.formats import get_format
 from hf_lowprec.numerics.blocks import parameter_names
-from hf_lowprec.numerics.containers import is_packed
+from hf_lowprec.numerics.containers import group_of
 from hf_lowprec.optim.slots import padded_width
 from hf_lowprec.recipe import Quant, Residual
 
@@ -54,7 +54,7 @@ def slices(item: Item, *sizes: int) -> Iterator[Item]:
     own = [f"{name}_{what}" for name in item.predicted for what in ("scale", "amax")]
     last: list[dict[str, Tensor]] = []
     for start, stop in pairwise(cuts):
-        state = whole | {key: flat[start // per : -(-stop // per)] for key, flat, per in views}
+        state = whole | {key: flat[start // per * width : -(-stop // per) * width] for key, flat, per, width in views}
         last.append({key: whole[key].clone() for key in own})
         yield replace(
             item, param=param[start:stop], grad=grad[start:stop], state=state | last[-1], start=item.start + start
@@ -87,23 +87,19 @@ def alignment(item: Item) -> int:
             align = math.lcm(align, slot.scaling.block[0])
         elif slot.scaling.granularity != "tensor" or slot.scaling.method not in ("none", "static", "predicted"):
             return 0
-        align = math.lcm(align, _per_byte(slot))
+        align = math.lcm(align, group_of(get_format(slot.format))[0])
     return align
-
-
-def _per_byte(quant: Quant) -> int:
-    return 2 if is_packed(get_format(quant.format)) else 1
 
 
 def _views(
     state: dict[str, Tensor], name: str, slot: Quant | Residual | str | None
-) -> Iterator[tuple[str, Tensor, int]]:
-    """(key, flat tensor, elements per entry) of what a slot has more than one of."""
+) -> Iterator[tuple[str, Tensor, int, int]]:
+    """(key, flat tensor, elements of the Parameter, their entries) of what a slot has more than one of."""
     if isinstance(slot, Quant):
-        yield f"{name}_qdata", state[f"{name}_qdata"].view(-1), _per_byte(slot)
+        yield f"{name}_qdata", state[f"{name}_qdata"].view(-1), *group_of(get_format(slot.format))
         if slot.scaling.granularity == "block":
             for what in parameter_names(slot):
-                yield f"{name}_{what}", state[f"{name}_{what}"], slot.scaling.block[0]
+                yield f"{name}_{what}", state[f"{name}_{what}"], slot.scaling.block[0], 1
     else:
         key = f"{name}_residual" if isinstance(slot, Residual) else name
-        yield key, state[key].view(-1), 1
+        yield key, state[key].view(-1), 1, 1

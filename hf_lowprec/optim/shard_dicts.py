@@ -6,7 +6,7 @@ once and hands rows out to any number of ranks. Dimension 0 of all of them count
 
     codes, residuals, float32 slots     the Parameter's shape
     scales (, powers, centers)          [rows, blocks of a row]
-    4-bit codes                         uint8 [rows, bytes of a row]
+    packed codes                        uint8 [rows, bytes of a row]
     float8                              uint8, its bytes: gloo gathers no float8
     int16                               uint8 [..., 2], its bytes: neither gloo nor NCCL moves int16
     step, scales per tensor, amaxes     0-d, ordinary tensors, the same on all ranks

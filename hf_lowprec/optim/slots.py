@@ -4,12 +4,13 @@
 A slot without a Quant is a float32 tensor under its own name (float64 for a float64 Parameter). With one it is
 
     <slot>_qdata    codes: torch's dtype of the format; int8 or uint8 integers for formats without exponent (`e0m7`,
-                    `e0m8u`); indices of a codebook, uint8; 4-bit codes two to a byte, the first in the low nibble
+                    `e0m8u`); indices of a codebook, uint8; of widths other than 8 and 16 bits packed into bytes, as
+                    `numerics.containers` says (4 bits: two to a byte; B bits: 8 codes to B bytes)
     <slot>_scale    float32 0-d per tensor (1 if there is no scaling), or [blocks] in the dtype that the Quant stores
     <slot>_power, <slot>_center     float32 [blocks], compand `expand` only
     <slot>_amax     float32 0-d, predicted scaling only: largest magnitude of what was last written, before rounding
 
-Codes have the Parameter's shape, packed ones are [ceil(n / 2)]. Blocks count over the flattened tensor, the last may
+Codes have the Parameter's shape, packed ones are [bytes]. Blocks count over the flattened tensor, the last may
 be short (`numerics.blocks`).
 
 Codes never stand under the slot's own name: torch.optim.AdamW, given such a checkpoint, would take them for moments,
@@ -44,12 +45,14 @@ from hf_lowprec.numerics import ScaledTensor, counter_hash, dequantize, quantize
 from hf_lowprec.numerics.blocks import decode_blocks, encode_blocks, parameter_names
 from hf_lowprec.numerics.containers import (
     from_integers,
+    group_of,
     integer_unit,
     is_packed,
     lift_zeros,
-    pack_nibbles,
+    pack_codes,
+    stored_size,
     to_integers,
-    unpack_nibbles,
+    unpack_codes,
 )
 from hf_lowprec.numerics.scaling import finite_amax, store_scale
 from hf_lowprec.recipe import Quant, Rounding
@@ -113,12 +116,12 @@ def read(
     fmt, qdata = get_format(quant.format), state[f"{slot}_qdata"]
     if shape is None:
         if is_packed(fmt):
-            raise ValueError(f"{slot} is packed two codes to a byte: reading it needs the parameter's shape")
+            raise ValueError(f"{slot} is packed: reading it needs the parameter's shape")
         shape = qdata.shape
     parameters = tuple(state[f"{slot}_{name}"] for name in parameter_names(quant))
     if width := _stored_width(qdata, parameters[0], quant):
         return _read_rows(qdata, parameters, quant, width, shape).to(dtype)
-    codes = unpack_nibbles(qdata, shape.numel()) if is_packed(fmt) else qdata
+    codes = unpack_codes(qdata, shape.numel(), fmt) if is_packed(fmt) else qdata
     if _in_blocks(quant):
         return decode_blocks(codes.reshape(-1), parameters, quant).to(dtype).view(shape)
     if integer_unit(fmt) and fmt.min < 0:
@@ -182,7 +185,8 @@ def pack(
         codes, parameters = _encode_rows(value, quant, scale, seed, shard, width)
     else:
         codes, parameters = _encode(value, quant, scale, seed, start)
-        codes = pack_nibbles(codes) if is_packed(get_format(quant.format)) else codes.view(value.shape)
+        fmt = get_format(quant.format)
+        codes = pack_codes(codes, fmt) if is_packed(fmt) else codes.view(value.shape)
     out[f"{slot}_qdata"] = codes
     out.update({f"{slot}_{name}": p for name, p in zip(parameter_names(quant), parameters, strict=True)})
     return out
@@ -219,10 +223,10 @@ def _in_blocks(quant: Quant) -> bool:
 
 def row_widths(slot: str, quant: Quant, columns: int) -> dict[str, int]:
     """By key, the entries per row of what is not shaped like the Parameter, for rows of `columns` elements."""
-    unit = _row_unit(quant)
+    unit, fmt = _row_unit(quant), get_format(quant.format)
     width, out = -(-columns // unit) * unit, {}
-    if is_packed(get_format(quant.format)):
-        out[f"{slot}_qdata"] = width // 2
+    if is_packed(fmt):
+        out[f"{slot}_qdata"] = stored_size(width, fmt)
     if quant.scaling.granularity == "block":
         out.update({f"{slot}_{name}": width // quant.scaling.block[0] for name in parameter_names(quant)})
     return out
@@ -236,13 +240,15 @@ def padded_width(quant: Quant, columns: int) -> int:
 
 def _row_unit(quant: Quant) -> int:
     block = quant.scaling.block[0] if quant.scaling.granularity == "block" else 1
-    return math.lcm(block, 2 if is_packed(get_format(quant.format)) else 1)
+    return math.lcm(block, group_of(get_format(quant.format))[0])
 
 
 def _stored_width(qdata: Tensor, scale: Tensor, quant: Quant) -> int:
     """`padded_width` of a stored slot."""
-    if is_packed(get_format(quant.format)) and qdata.dim() == 2:
-        return 2 * qdata.shape[1]
+    fmt = get_format(quant.format)
+    if is_packed(fmt) and qdata.dim() == 2:
+        codes, stored = group_of(fmt)
+        return qdata.shape[1] // stored * codes
     return scale.shape[1] * quant.scaling.block[0] if quant.scaling.granularity == "block" and scale.dim() == 2 else 0
 
 
@@ -254,15 +260,16 @@ def _encode_rows(
     codes, parameters = _encode(padded, quant, scale, seed, shard.row * width)
     if quant.scaling.granularity == "block":
         parameters = tuple(p.view(shard.rows, width // quant.scaling.block[0]) for p in parameters)
-    if is_packed(get_format(quant.format)):
-        return pack_nibbles(codes).view(shard.rows, width // 2), parameters
+    fmt = get_format(quant.format)
+    if is_packed(fmt):
+        return pack_codes(codes, fmt).view(shard.rows, stored_size(width, fmt)), parameters
     return codes.view(shard.rows, width)[:, : shard.columns].contiguous().view(value.shape), parameters
 
 
 def _read_rows(qdata: Tensor, parameters: tuple[Tensor, ...], quant: Quant, width: int, shape: torch.Size) -> Tensor:
-    columns = shape[1:].numel()
-    if is_packed(get_format(quant.format)):
-        codes = unpack_nibbles(qdata.view(-1), 2 * qdata.numel())
+    columns, fmt = shape[1:].numel(), get_format(quant.format)
+    if is_packed(fmt):
+        codes = unpack_codes(qdata.view(-1), qdata.shape[0] * width, fmt)
     else:
         codes = _padded(qdata.reshape(len(parameters[0]), columns), width).view(-1)
     values = decode_blocks(codes, tuple(p.reshape(-1) if p.dim() else p for p in parameters), quant)

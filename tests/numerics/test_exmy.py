@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_no_mantissa_bits_are_powers_of_two_and_zero(exp: int) -> None:
     values = Format(exp, 0).values()
     positive = [v for v in values if v > 0]
     assert len(values) == 2 ** (exp + 1) - 1 and 0.0 in values
-    assert [b / a for a, b in zip(positive, positive[1:], strict=False)] == [2.0] * (len(positive) - 1)
+    assert [b / a for a, b in pairwise(positive)] == [2.0] * (len(positive) - 1)
     assert all(float(np.log2(v)).is_integer() for v in positive)
 
 
