@@ -148,13 +148,13 @@ def slots(
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if module is not head
-        and (isinstance(module, nn.Linear) or any("Conv1D" in c.__name__ for c in type(module).__mro__))
-    }
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+
+    def linear(module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or any(c.__name__ == "Conv1D" for c in type(module).__mro__)
+
+    return {name: module for name, module in model.named_modules() if module is not head and linear(module)}
 
 
 @torch.no_grad()
