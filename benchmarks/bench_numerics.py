@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast is emulation on one CPU thread? Quantise-dequantise of 2^22 float32, eager, beside the usual ways.
+"""How fast is emulation on one CPU thread? Quantise-dequantise of 2^22 float32 beside everybody who does it.
 
+    pip install -e .[peers]
     python benchmarks/bench_numerics.py            # prints the table, writes benchmarks/results/numerics_cpu.json
 
+`numerics_peers.py` lists the contenders and what each of them really computes; a gate before timing holds each to it.
 Every contender runs once per round, rounds are interleaved, and the median over rounds counts: a machine that is busy
-slows all of them alike. A gate before timing checks that contenders compute the same values.
+slows all of them alike. Freed memory is kept by the process (MALLOC): the page faults of a fresh 16 MiB result would
+cost up to as much as the arithmetic, and whether they occur would depend on who ran before.
+`spread` is (third quartile - first) / median over the rounds: how far to trust a row.
 """
 
 from __future__ import annotations
@@ -16,119 +20,89 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
-from environment import environment
-
-from hf_lowprec.numerics import dequantize, encode, quantize, quantize_dequantize, round_to_format
-from hf_lowprec.recipe import Quant, Rounding, Scaling
+from environment import environment, version
+from numerics_peers import FACTOR, TARGETS, groups, ready
 
 N = 1 << 22
-MX4 = Quant(format="e2m1", scaling=Scaling(granularity="block", block=(32,), snap="ocp", store="e8m0"))
-CURRENT = Quant(format="e4m3fn", scaling=Scaling(snap="rceil"))
-REFERENCE_E4M3, REFERENCE_MX = "torch: clamp, cast, cast back", "torchao: to_mx, dequantize"
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 26)}
+PEERS = ("qtorch", "gfloat", "ml_dtypes", "unit-scaling", "apytypes")
 
 
-def torch_e4m3(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32)
+def measure(
+    functions: dict[str, Callable[[torch.Tensor], Any]], x: torch.Tensor, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every round, by contender."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):  # the first round warms up
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function(x)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
-def torch_scaled(x: torch.Tensor) -> torch.Tensor:
-    scale = x.abs().amax() / 448
-    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32) * scale
-
-
-def torchao_mx(x: torch.Tensor) -> torch.Tensor:
-    from torchao.prototype.mx_formats.mx_tensor import MXTensor
-
-    out: torch.Tensor = MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32).dequantize(torch.float32)
+def rows(times: dict[str, list[float]], elements: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds, rate, spread, and how many times our eager function each of them takes."""
+    out: dict[str, dict[str, float]] = {}
+    base = None
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        base = median if base is None else base
+        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (median,) * 3
+        row = {"ms": median * 1e3, "melem_per_s": elements / median / 1e6, "times_ours": median / base,
+               "spread": (high - low) / median}  # fmt: skip
+        out[name] = {key: round(value, 3) for key, value in row.items()}
     return out
 
 
-def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
-    """Groups of functions; the first of a group is what the others are compared with."""
-    stochastic = Rounding(mode="stochastic")
-    qdata = quantize(x, CURRENT)
-    groups: dict[str, dict[str, Callable[[], torch.Tensor]]] = {
-        "E4M3 quantise-dequantise": {
-            REFERENCE_E4M3: lambda: torch_e4m3(x),
-            "torch: cast, cast back": lambda: x.to(torch.float8_e4m3fn).to(torch.float32),
-            "ours: round_to_format": lambda: round_to_format(x, "e4m3fn"),
-            "memory: clone": lambda: x.clone(),
-        },
-        "E4M3 with the tensor's own scale": {
-            "torch: amax, scale, cast and back": lambda: torch_scaled(x),
-            "ours: quantize_dequantize": lambda: quantize_dequantize(x, CURRENT),
-            "ours: quantize": lambda: quantize(x, CURRENT).qdata,
-            "ours: dequantize": lambda: dequantize(qdata, CURRENT),
-        },
-        "MXFP4, blocks of 32, quantise-dequantise": {
-            REFERENCE_MX: lambda: torchao_mx(x),
-            "ours: quantize_dequantize": lambda: quantize_dequantize(x, MX4),
-        },
-        "others, ours only": {
-            "round_to_format e5m10": lambda: round_to_format(x, "e5m10"),
-            "round_to_format e8m7": lambda: round_to_format(x, "e8m7"),
-            "round_to_format e4m3fn stochastic": lambda: round_to_format(x, "e4m3fn", stochastic, seed=1),
-            "encode e2m1": lambda: encode(x, "e2m1"),
-        },
-    }
-    try:
-        version("torchao")
-    except PackageNotFoundError:
-        del groups["MXFP4, blocks of 32, quantise-dequantise"]
-    return groups
-
-
-def gate(x: torch.Tensor, groups: dict[str, dict[str, Callable[[], torch.Tensor]]]) -> None:
-    """Speed of wrong values is no speed."""
-    assert torch.equal(round_to_format(x, "e4m3fn").view(torch.int32), torch_e4m3(x).view(torch.int32))
-    if "MXFP4, blocks of 32, quantise-dequantise" in groups:
-        assert torch.equal(quantize_dequantize(x, MX4), torchao_mx(x))
-
-
-def measure(groups: dict[str, dict[str, Callable[[], torch.Tensor]]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds per contender."""
-    times: dict[str, dict[str, list[float]]] = {g: {name: [] for name in fs} for g, fs in groups.items()}
-    for turn in range(rounds + 1):  # the first round warms up
-        for group, functions in groups.items():
-            for name, function in functions.items():
-                start = time.perf_counter()
-                function()
-                if turn:
-                    times[group][name].append(time.perf_counter() - start)
-    return {g: {name: statistics.median(ts) for name, ts in fs.items()} for g, fs in times.items()}
+def missed(table: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Where we are less than FACTOR times as fast as one of TARGETS, in words."""
+    return [
+        f"{group}: {name} takes {row['times_ours']:.1f} times ours, the target is {FACTOR:g}"
+        for group, contenders in table.items()
+        for name, row in contenders.items()
+        if name.startswith(TARGETS) and row["times_ours"] < FACTOR
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", type=int, default=N // 2048, help="of 2048 elements")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "numerics_cpu.json")
     arguments = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):  # glibc reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    x = torch.randn(N // 2048, 2048)
-    groups = contenders(x)
-    gate(x, groups)
-    medians = measure(groups, arguments.rounds)
-
-    result: dict[str, object] = {
-        "environment": environment()
-        | {"threads": torch.get_num_threads(), "rounds": arguments.rounds, "load": os.getloadavg()[0]},
-        "elements": N,
-    }
-    rows: dict[str, dict[str, dict[str, float]]] = {}
-    for group, times in medians.items():
-        first = next(iter(times.values()))
-        print(f"\n{group:44s} {'ms':>8s} {'Melem/s':>9s} {'speed-up':>9s}")
-        rows[group] = {}
-        for name, seconds in times.items():
-            row = {"ms": seconds * 1e3, "melem_per_s": N / seconds / 1e6, "speedup": first / seconds}
-            rows[group][name] = {key: round(value, 3) for key, value in row.items()}
-            print(f"  {name:42s} {row['ms']:8.2f} {row['melem_per_s']:9.0f} {row['speedup']:9.2f}")
-    result["results"] = rows
+    x = torch.randn(arguments.rows, 2048)
+    load = os.getloadavg()[0]
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    gates: dict[str, dict[str, str]] = {}
+    missing: dict[str, str] = {}
+    for group, contenders in groups(x).items():
+        functions, absent = ready(contenders, x)
+        missing |= {f"{group}: {name}": why for name, why in absent.items()}
+        gates[group] = {name: contenders[name].says for name in functions if contenders[name].says}
+        table[group] = rows(measure(functions, x, arguments.rounds), x.numel())
+        print(f"\n{group:44s} {'ms':>8s} {'Melem/s':>9s} {'x ours':>8s} {'spread':>8s}")
+        for name, row in table[group].items():
+            numbers = f"{row['ms']:8.2f} {row['melem_per_s']:9.0f} {row['times_ours']:8.2f} {row['spread']:8.2f}"
+            print(f"  {name:42s} {numbers}")
+    for line in [f"not there: {name}: {why}" for name, why in missing.items()] + missed(table):
+        print(line)
+    here = environment()
+    here["libraries"] |= {name: version(name) for name in PEERS}
+    result = {
+        "environment": here | {"threads": torch.get_num_threads(), "rounds": arguments.rounds, "malloc": MALLOC,
+                               "load": [round(load, 2), round(os.getloadavg()[0], 2)]},
+        "elements": x.numel(), "gates": gates, "missing": missing, "missed": missed(table), "results": table,
+    }  # fmt: skip
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwritten to {arguments.output}")

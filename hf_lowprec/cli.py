@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hf_lowprec import describe
@@ -74,38 +75,47 @@ def recipes(
         return
     from hf_lowprec.doctor import runs_here
 
-    table, reasons = _table("recipe", "here", "what it is"), dict[tuple[str, str], None]()
+    table, reasons = _table("recipe", "here", "what it is"), dict[tuple[str, str], list[str]]()
     for name, recipe in PRESETS.items():
         word, why = runs_here(recipe)
-        reasons[word, why] = None
+        reasons.setdefault((word, re.sub(r"^recipe '[^']*' ", "", why)), []).append(name)
         table.add_row(name, word, describe.one_line(recipe))
     for alias, name in ALIASES.items():
         table.add_row(alias, "", f"another name of {name}")
     word, why = runs_here(get_recipe("exmy:e3m1"))
-    table.add_row("exmy:e<X>m<Y>[/row]", word, describe.EXMY_WORDS)
+    table.add_row(escape("exmy:e<X>m<Y>[/row]"), word, describe.EXMY_WORDS)
     for name, words in PLANNED.items():
         table.add_row(name, "planned", words)
     console = _console()
     console.print(table)
-    for word, why in reasons:
-        console.print(f"{word}: {why}")
+    console.print()
+    heads = [word for word, _ in reasons]
+    for (word, why), names in reasons.items():
+        which = f" ({', '.join(names)})" if heads.count(word) > 1 else ""
+        console.print(f"[bold]{word}[/]{which}: {why}")
 
 
 @app.command()
 def explain(
     name: Annotated[str, typer.Argument(help="A recipe's name, a .yaml or .json file, or optimizer states (8bit).")],
+    yaml: Annotated[bool, typer.Option("--yaml", help="Only the recipe as a file to start your own from.")] = False,
 ) -> None:
     """Say what a recipe computes in which precision, and print it as a file to start your own from."""
     console = _console()
     try:
         recipe = get_recipe(name)
     except RecipeError as error:
-        if not _explain_states(name, console):
+        if yaml or not _explain_states(name, console):
             _fail(error)
+        return
+    if yaml:
+        typer.echo(recipe.to_yaml(), nl=False)
         return
     console.print(f"[bold]{recipe.name}[/]: {describe.one_line(recipe)}")
     if recipe.paper:
         console.print(recipe.paper)
+    if PRESETS.get(recipe.name) == recipe:
+        console.print(f"docs/recipes/{recipe.name}.md")
     for gemm, (equation, _) in describe.GEMMS.items():
         console.print(f"\n[bold]{gemm}[/]  {equation}")
         table = _table("operand", "format", "scaling", "rounding", "beyond the largest")
@@ -163,6 +173,7 @@ def inspect(
     console = _console()
     console.print(_layers(network, report, every))
     console.print()
+    _print_shapes(console, network, report)
     for line in str(report).splitlines():
         console.print(line, markup=False, soft_wrap=True)
 
@@ -197,6 +208,11 @@ def _build(name: str) -> nn.Module:
     return built.to(dtype) if isinstance(dtype, torch.dtype) else built
 
 
+def _kind(name: str) -> str:
+    """A module's name without the numbers of layers."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
 def _layers(model: nn.Module, report: ConversionReport, every: bool) -> Table:
     """One row per kind of linear: the numbers in its name, its shape and its fate folded together."""
     rows: dict[tuple[str, str, str], list[Tensor]] = {}
@@ -206,7 +222,7 @@ def _layers(model: nn.Module, report: ConversionReport, every: bool) -> Table:
         fate = "converted" if name not in report.skipped else f"left alone: {report.skipped[name]}"
         if fate == "converted" and report.emulated and any(size % 16 for size in sizes):
             fate = "converted here; left alone on a GPU, whose FP8 GEMMs take multiples of 16"
-        kind = name if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        kind = name if every else _kind(name)
         rows.setdefault((kind, " x ".join(map(str, sizes)), fate), []).append(weights[name])
     table = _table("linear", "count", "weight", "parameters", "bytes", "what happens")
     for column in table.columns[1:5]:
@@ -245,6 +261,37 @@ def export(
     except (OSError, ValueError, KeyError):
         typer.echo(f"no tokenizer found in {model!r}")
     typer.echo(str(report))
+
+
+def _print_shapes(console: Console, model: nn.Module, report: ConversionReport) -> None:
+    """Sizes that miss the tensor cores' multiples, the vocabulary among them."""
+    from torch import nn
+
+    from hf_lowprec.shapes import NEEDED, PREFERRED, Gemm, advise
+
+    high = 32 if report.recipe.base == "no" else 16
+    low = describe.operand_bits(report.recipe) or high
+    modules, gemms = dict(model.named_modules()), []
+    for name in (*report.converted, *report.skipped):
+        rows, columns = modules[name].weight.shape  # type: ignore[misc, union-attr]
+        ins, outs = (columns, rows) if isinstance(modules[name], nn.Linear) else (rows, columns)
+        gemms.append(Gemm(_kind(name), int(ins), int(outs), high if name in report.skipped else low))
+    found = advise(gemms)
+    bits = sorted({gemm.bits for gemm in gemms})
+    wanted = "; ".join(f"{b}-bit operands: {NEEDED[b]}, better {PREFERRED[b]}" for b in bits)
+    if not found:
+        console.print(f"shapes: all in and out features are multiples of what tensor cores like ({wanted})\n")
+        return
+    table = _table("size", "bits", "of", "advice", title=f"shapes (multiples for {wanted})", title_justify="left")
+    for advice in found:
+        where = ", ".join(advice.where[:3]) + (f" and {len(advice.where) - 3} more" if len(advice.where) > 3 else "")
+        table.add_row(str(advice.size), str(advice.bits), where, str(advice), style=None if advice.serious else "dim")
+    console.print(table)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    padded = [advice.padded for advice in found if advice.size == vocabulary and advice.padded]
+    if padded:
+        console.print(f"the vocabulary: model.resize_token_embeddings({padded[0]}) pads it, before the first step")
+    console.print("tokens of a micro-batch (batch x sequence) are the third size: keep them a multiple of 64\n")
 
 
 # --- doctor and run -------------------------------------------------------------------------------------------------

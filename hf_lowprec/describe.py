@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_lowprec.formats import FORMATS, Format
+from hf_lowprec.formats import FORMATS, Format, get_format
 from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
 from hf_lowprec.recipe import Accumulation, Quant, Recipe, Residual, Rounding, Scaling, States
 
@@ -282,6 +282,16 @@ def needs(recipe: Recipe) -> str:
 
 
 EXMY_WORDS = "a sign, X exponent and Y mantissa bits in all six slots; exponents aligned per tensor, or per row"
+
+
+def operand_bits(recipe: Recipe) -> int | None:
+    """Bits of an element in the widest of the GEMMs' operands, 8 or 16 as storage has them; None without any."""
+    gemms = [getattr(recipe, gemm) for gemm in GEMMS]
+    quants = [quant for g in gemms for quant in (g.input, g.weight, g.grad_output) if quant is not None]
+    if not quants:
+        return None
+    return 8 if all(get_format(quant.format).bits <= 8 for quant in quants) else 16
+
 
 # --- documentation --------------------------------------------------------------------------------------------------
 

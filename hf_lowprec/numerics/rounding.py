@@ -43,7 +43,7 @@ from hf_lowprec.numerics.codes import (
     value_table,
 )
 from hf_lowprec.numerics.containers import lift_zeros
-from hf_lowprec.numerics.hashing import counter_hash
+from hf_lowprec.numerics.hashing import counter_hash, folded
 from hf_lowprec.numerics.lookup import Lookup, build, look_up
 from hf_lowprec.recipe import Rounding
 
@@ -187,24 +187,40 @@ def rounder(
         if eager and fmt.torch_dtype_name == "bfloat16" and overflow.startswith("saturate"):
             return lambda hp, start, out: _nearest_bf16(hp.float(), fmt, overflow)
     bits = random_bits(rounding, fmt)
-    plain = isinstance(fmt, Format) and overflow == "saturate" and _is_truncated_float32(fmt)
+    short = isinstance(fmt, Format) and overflow == "saturate" and carrier is F32
+    plain = short and _is_truncated_float32(cast(Format, fmt))
+    fixed_point = short and _fixed_point_fits(cast(Format, fmt))
+    scratch: list[Tensor] = []
 
     def part(hp: Tensor, start: int, out: Tensor | None) -> Tensor:
         hp = hp.to(carrier.dtype)
         drawn = None
         if rounding.mode == "stochastic":
             if words is not None:
-                drawn = words.reshape(-1)[start : start + hp.numel()]
+                drawn = words.reshape(-1)[start : start + hp.numel()] & ((1 << bits) - 1)
             else:
                 assert seed is not None  # check()
-                drawn = counter_hash(seed, hp.numel(), start=start, device=hp.device)
-            drawn = drawn.view(hp.shape) & ((1 << bits) - 1)
-            if plain and hp.dtype == torch.float32:
+                drawn = _draw(seed, hp, start, scratch).bitwise_and_((1 << bits) - 1)
+            drawn = drawn.view(hp.shape)
+            if (plain or fixed_point) and hp.dtype == torch.float32:
                 assert isinstance(fmt, Format)
-                return stochastic_truncation(hp, fmt, drawn << (F32.man - fmt.man - bits), out)
+                if bits < F32.man - fmt.man or drawn.dtype != torch.int32:
+                    drawn = drawn.to(torch.int32) << (F32.man - fmt.man - bits)
+                return (stochastic_truncation if plain else _stochastic_fixed_point)(hp, fmt, drawn, out)
         return _general(hp, fmt, rounding, overflow, drawn)
 
     return part
+
+
+def _draw(seed: int | Tensor, x: Tensor, start: int, scratch: list[Tensor]) -> Tensor:
+    """A word per element of `x`; on the CPU in `scratch`, which the next slice overwrites: it stays in cache."""
+    n = x.numel()
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not n:
+        return counter_hash(seed, n, start=start, device=x.device)
+    if not scratch:
+        scratch += [torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32), folded(n)]
+    first, second, third = scratch
+    return counter_hash(seed, n, start=start, buffers=(first[:n], second[:n], third[:n]))
 
 
 _CODE_TABLES: dict[tuple[Format | Codebook, str, str, torch.device, bool], Lookup | None] = {}
@@ -295,13 +311,17 @@ def _nearest_magic(x: Tensor, fmt: Format, overflow: Overflow, out: Tensor | Non
     """Nearest-even of a float32 tensor, into `out` if given (not `x` itself); see the module docstring."""
     magic = 1.5 * 2.0 ** (F32.man - fmt.man)
     low = 2.0**fmt.emin if fmt.subnormal == "gradual" else None
+    inside = overflow.startswith("saturate") and _is_inside(x, fmt.max)
     p = (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
-    p.clamp_(low, 2.0 ** max(fmt.emax, fmt.emin))
+    if low is not None or not inside:
+        p.clamp_(low, None if inside else 2.0 ** max(fmt.emax, fmt.emin))
     r = torch.add(x, p, alpha=magic) if out is None else torch.add(x, p, alpha=magic, out=out)
     r.sub_(p, alpha=magic)
     if fmt.subnormal == "flush":
         r.masked_fill_(r.abs() < fmt.min_normal, 0.0)
-    if overflow.startswith("saturate"):
+    if inside:
+        pass
+    elif overflow.startswith("saturate"):
         r.clamp_(-fmt.max, fmt.max)
     else:
         _mark_overflow(r, r.abs() > fmt.max, x, overflow)
@@ -309,9 +329,18 @@ def _nearest_magic(x: Tensor, fmt: Format, overflow: Overflow, out: Tensor | Non
         r.copysign_(x)
     else:
         r.add_(0.0)
-    if overflow in ("saturate", "error"):
-        r.add_(x, alpha=0)  # Inf * 0 is NaN
-    return r
+    return r.add_(x, alpha=0) if overflow in ("saturate", "error") and not inside else r  # Inf * 0 is NaN
+
+
+def _is_inside(x: Tensor, largest: float) -> bool:
+    """Whether no element lies beyond the format or is not finite: then nothing has to be cut off or marked.
+
+    Looked up where the host reads for free; it costs half a pass and saves two.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return False
+    low, high = torch.aminmax(x)
+    return -largest <= low.item() and high.item() <= largest
 
 
 def _is_truncated_float32(fmt: Format) -> bool:
@@ -329,6 +358,35 @@ def stochastic_truncation(x: Tensor, fmt: Format, words: Tensor, out: Tensor | N
     words.add_(x.contiguous().view(torch.int32)).bitwise_and_(-unit)
     r = torch.clamp(words.view(torch.float32), -fmt.max, fmt.max, out=out)
     return r.add_(x, alpha=0)  # Inf * 0 is NaN
+
+
+def _fixed_point_fits(fmt: Format) -> bool:
+    """Whether `_stochastic_fixed_point` has the format: signed, with subnormals that float32 has as normal numbers."""
+    return fmt.signed and fmt.subnormal == "gradual" and 2 - F32.bias < fmt.emin <= fmt.emax < F32.bias
+
+
+def _stochastic_fixed_point(x: Tensor, fmt: Format, words: Tensor, out: Tensor | None = None) -> Tensor:
+    """`_general` for stochastic rounding, saturating, in half the passes; words: int32 below one unit, overwritten.
+
+    Below the lowest normal binade the bits that count are those of |x| in fixed point, 2^(23 - emin) |x| cut off to an
+    integer. Read as a float of the binade below the lowest, it is the larger of the two there, and |x| itself above.
+    """
+    drop = F32.man - fmt.man
+    base = (fmt.emin + F32.bias - 1) << F32.man
+    units = x.contiguous().view(torch.int32) & F32.magnitude
+    fixed = (units.view(torch.float32) * 2.0 ** (F32.man - fmt.emin)).clamp_(max=2.0**F32.man).to(torch.int32)
+    torch.maximum(units, fixed.add_(base), out=units)
+    inside = _is_inside(x, fmt.max)
+    units.add_(words).bitwise_and_(-(1 << drop))
+    if not inside:
+        units.clamp_(max=(fmt.max_code << drop) + base)
+    normal = units.view(torch.float32)
+    # As in `code_values`: (1 + f) / 2 * 2^emin stands where f * 2^emin is meant.
+    r = torch.sub(normal, 2.0**fmt.emin, out=out).clamp_(max=0.0).add_(normal)
+    r.copysign_(x)
+    if not fmt.has_negative_zero:
+        r.add_(0.0)
+    return r if inside else r.add_(x, alpha=0)  # Inf * 0 is NaN
 
 
 def _nearest_bf16(x: Tensor, fmt: Format, overflow: Overflow) -> Tensor:

@@ -29,6 +29,7 @@ from hf_lowprec.formats import Codebook, Format, get_format
 from hf_lowprec.recipe import Scaling
 
 NonFinite = Literal["element", "group"]
+_CHUNK = 1 << 17  # elements of one slice on the CPU
 
 
 # --- groups ---------------------------------------------------------------------------------------------------------
@@ -117,6 +118,8 @@ def _amax(x: Tensor, dims: tuple[int, ...], keepdim: bool, nonfinite: NonFinite)
     elif len(dims) == x.dim() and not keepdim:
         low, high = torch.aminmax(x)
         plain = torch.maximum(high, -low)
+    elif dims == (x.dim() - 1,) and not keepdim and _reads_bits(x):
+        plain = _row_amax(x)
     else:
         plain = torch.maximum(x.amax(dims, keepdim=keepdim), -x.amin(dims, keepdim=keepdim))
     plain = plain.to(torch.float32).abs()
@@ -140,6 +143,21 @@ def amax_per_group(
     view, dims = group_view(x.detach(), scaling, reduction_axis)
     keep = scaling.granularity in ("row", "column")
     return _amax(view, dims, keep, nonfinite)
+
+
+def _reads_bits(x: Tensor) -> bool:
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager and x.dtype == torch.float32 and x.is_contiguous()
+
+
+def _row_amax(x: Tensor) -> Tensor:
+    """Largest magnitude over the last dimension, as integers: one pass in cache-sized slices. A NaN is the largest."""
+    rows = x.reshape(-1, x.shape[-1]).view(torch.int32)
+    out = torch.empty(rows.shape[0], dtype=torch.int32)
+    size = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, rows.shape[0], size):
+        torch.amax(rows[start : start + size] & 0x7FFFFFFF, 1, out=out[start : start + size])
+    return out.view(torch.float32).view(x.shape[:-1])
 
 
 # --- scale ----------------------------------------------------------------------------------------------------------

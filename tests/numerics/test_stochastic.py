@@ -8,7 +8,9 @@ from oracles import edge_inputs, gfloat_codes, half_inputs, random_inputs, witho
 
 from hf_lowprec.formats import FORMATS, Format, get_format
 from hf_lowprec.numerics import counter_hash, encode, round_to_format
+from hf_lowprec.numerics.codes import carrier_of, random_bits
 from hf_lowprec.numerics.hashing import folded
+from hf_lowprec.numerics.rounding import _general
 from hf_lowprec.recipe import Rounding
 
 NAMES = ["e4m3fn", "e5m2", "e5m10", "e8m7", "e2m1", "e6m5", "e6m9", "e4m3b8", "e0m7", "e8m0u"]
@@ -30,6 +32,23 @@ def test_gfloat_rounds_alike_given_the_words(name: str, bits: int | str) -> None
     got = encode(torch.from_numpy(x), fmt, sr(r), "saturate_inf", words=torch.from_numpy(words))
     want = gfloat_codes(fmt, x, "stochastic", saturate=True, srbits=words % (1 << r), srnumbits=r)
     np.testing.assert_array_equal(got.to(torch.int64).numpy() & 0xFFFF, want)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "e4m3b11", "e2m3b5", "e3m0", "e6m5gradual"])
+@pytest.mark.parametrize("bits", [3, None])
+def test_the_short_way_has_the_bits_of_the_general_one(name: str, bits: int | None) -> None:
+    """Slices with and without values beyond the format, a short last slice, subnormals, Inf and NaN."""
+    fmt = get_format(name)
+    x = torch.randn((1 << 17) + 77, generator=torch.Generator().manual_seed(0))
+    x[1 << 16 :] *= torch.exp2(torch.arange(len(x) - (1 << 16)) % 80 - 40.0)
+    edges = torch.from_numpy(edge_inputs(fmt, limit=300))
+    x[-len(edges) :] = edges
+    r = random_bits(sr(bits), fmt)
+    words = counter_hash(9, len(x)) & ((1 << r) - 1)
+    want = _general(x.to(carrier_of(fmt, x.dtype).dtype), fmt, sr(bits), "saturate", words).float()
+    for got in (round_to_format(x, fmt, sr(bits), seed=9), round_to_format(x, fmt, sr(bits), words=words.long())):
+        same = (got.view(torch.int32) == want.view(torch.int32)) | (got.isnan() & want.isnan())
+        assert same.all()
 
 
 def test_float64_input_takes_the_same_words() -> None:
