@@ -124,6 +124,7 @@ def convert(
         fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
     stepping.install_hooks()
     optim.mark_embeddings(model)  # for optimizers of ours that nobody attaches
+    optim.mark_gemm_weights(model, session.weights().values())
     return report
 
 
