@@ -104,6 +104,8 @@ def convert(
     choice = Choice(patterns, module_filter_fn, aligned=not emulated, min_numel=min_numel)
     report, modules = select(model, chosen, choice)
     report.emulated = emulated
+    if chosen.loss_scale.method != "none":
+        report.loss_scale = f"{chosen.loss_scale.method}, by hf_lowprec.grad_scaler(model)"
     if chosen.quantises_gemms and not modules:
         raise NothingConvertedError(f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}")
     # Not `emulated`: a model that is still on the CPU runs natively once it has moved to a GPU.
@@ -308,9 +310,9 @@ def _refuse_what_nothing_reads(recipe: Recipe) -> None:
             raise ConversionError(
                 f"recipe {recipe.name!r}: {name}.accumulation: low-precision accumulation is planned, not here yet"
             )
-    if recipe.loss_scale.method == "static" or (recipe.loss_scale.method == "dynamic") != (recipe.base == "fp16"):
+    if recipe.loss_scale.method == "none" and recipe.base == "fp16":
         raise ConversionError(
-            f"recipe {recipe.name!r}: loss_scale: torch's GradScaler scales, dynamically and under base fp16 only"
+            f"recipe {recipe.name!r}: loss_scale: gradients in float16 need one; method 'dynamic', or 'static'"
         )
 
 

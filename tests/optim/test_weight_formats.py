@@ -234,8 +234,7 @@ def moved(states: States, dtype: torch.dtype, rate: float = 5e-5, steps: int = 1
     return 100 * (st.read_weight(state, param, states) / before - 1).mean().item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), [("o3", torch.bfloat16), ("hfp8", torch.float32)], ids=ids)
 def test_low_learning_rates_move_the_master(kind, dtype):
     assert abs(moved(KINDS[kind], dtype) - 5.13) <= 0.25
 
