@@ -92,6 +92,7 @@ def convert(
     if existing is not None:
         _check_same(existing, model, chosen, excluded, module_filter_fn)
         _check_same_options(existing, fuse, min_numel, emulate)
+        _mark(existing)  # copies and new Parameters have no marks
         return existing.report
     if fuse is None:
         fuse = read_switch(FUSE_ENV, True)
@@ -125,9 +126,14 @@ def convert(
         on_gpu = always and torch.cuda.is_available()
         fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
     stepping.install_hooks()
-    optim.mark_embeddings(model)  # for optimizers of ours that nobody attaches
-    optim.mark_gemm_weights(model, session.weights().values())
+    _mark(session)
     return report
+
+
+def _mark(session: Session) -> None:
+    """For optimizers of ours that nobody attaches."""
+    optim.mark_embeddings(session.root)
+    optim.mark_gemm_weights(session.root, session.weights().values())
 
 
 def revert(model: nn.Module) -> None:

@@ -128,6 +128,31 @@ def test_an_8_bit_format_that_saturates_skips_no_step(amplitude):
     assert not torch.equal(model[0].weight, before)
 
 
+def gradient(recipe: Any, small: float) -> torch.Tensor:
+    """Of a weight under float16 autocast, where the loss is `small`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    hf_lowprec.convert(model, recipe)
+    scaler, optimizer = hf_lowprec.grad_scaler(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model(torch.randn(8, 32, generator=torch.Generator().manual_seed(1))).float().mean() * small
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad = model[0].weight.grad
+    assert grad is not None
+    return grad / small
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_fp16_gradients_that_would_underflow_do_not(method):
+    """What loss scales are for (arXiv 1710.03740): float16 ends at 6e-8."""
+    exact = gradient("bf16", 1.0)
+    lost = gradient("bf16", 1e-8)
+    kept = gradient({"name": "mine", "base": "fp16", "loss_scale": {"method": method, "init": 65536.0}}, 1e-8)
+    assert (lost - exact).norm() > 0.5 * exact.norm()
+    assert (kept - exact).norm() < 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize("policy", POLICIES[::2], ids=lambda p: p.method)
 def test_resume(policy):
     overflows = [False, False, True, False, False, False, True, False]

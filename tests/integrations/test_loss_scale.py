@@ -360,3 +360,18 @@ def test_only_weights_of_quantised_gemms_are_in_fp8(states, dtype, tmp_path):
         assert on_grid == (id(p) in inside) or p.detach().unique().numel() < 8, name
         assert ("round_off_qdata" in optimizer.optimizer.state[p]) == (states is HFP8_STATES and id(p) in inside)
     assert f"GEMM weights {states.weight.format}" in session_of(model).report.summary()
+
+
+@pytest.mark.parametrize("rule", ["o3", "wang"])
+def test_state_of_update_rules_is_resumed_bit_for_bit(tmp_path, rule):
+    o3 = Recipe.from_dict({**PRESETS["fp8-lm-o3"].to_dict(), "name": "mine"})
+    recipe = recipe_file(tmp_path, WANG if rule == "wang" else o3)
+    accelerator, model, optimizer = prepared(recipe)
+    train(accelerator, model, optimizer, 2)
+    accelerator.save_state(str(tmp_path / "state"))
+    train(accelerator, model, optimizer, 2)
+    AcceleratorState._reset_state(True)
+    again, resumed, other = prepared(recipe)
+    again.load_state(str(tmp_path / "state"))
+    train(again, resumed, other, 2)
+    assert torch.equal(vector(model), vector(resumed))

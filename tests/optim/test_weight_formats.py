@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from training import MAKE, bits, parameters, same, set_gradients, snapshot, weights
 
+import hf_lowprec
 from hf_lowprec import optim
 from hf_lowprec.formats import get_format
 from hf_lowprec.numerics import dequantize, quantize, round_to_format
@@ -129,9 +130,8 @@ def test_o3_keeps_fp8_weights_of_an_fp16_master(dtype):
     for p in params[:2]:
         state = optimizer.state[p]
         assert state["master_qdata"].dtype == torch.float16
-        scaled = quantize(p.detach().float(), quant)
-        codes = dequantize(scaled, quant, torch.float32) if isinstance(scaled, tuple) else scaled
-        assert torch.equal(codes, p.detach().float()), "the GEMM's own cast finds the same values"
+        seen = dequantize(quantize(p.detach().float(), quant), quant, torch.float32)
+        assert torch.equal(seen, p.detach().float()), "the GEMM's own cast finds the same values"
         wide = master(optimizer, p)
         scale = 2.0 ** np.ceil(np.log2(wide.abs().max().item() / 448))
         want = (wide / scale).to(torch.float8_e4m3fn).float() * scale
@@ -245,6 +245,36 @@ def test_control_a_nearest_round_off_loses_small_updates():
     assert moved(nearest, torch.float32, 1e-5) < 0.5
 
 
+def regression(states: str | States, dtype: torch.dtype, after: Any = None) -> tuple[float, float]:
+    """Least squares, 48 at the start: the loss of the Parameter at the end, and of the solution in `E4M3`."""
+    generator = torch.Generator().manual_seed(0)
+    x, solution = (torch.randn(shape, generator=generator) for shape in ((128, 48), (48, 96)))
+    weight = nn.Parameter(torch.zeros(48, 96, dtype=dtype))
+    optim.mark_gemm_weights(nn.ParameterList([weight]), [weight])
+    optimizer = optim.AdamW([weight], lr=0.05, weight_decay=0.0, states=states)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 200)
+        optimizer.zero_grad()
+        (x @ weight.float() - x @ solution).square().mean().backward()
+        optimizer.step()
+        if after is not None:
+            weight.data = after(weight.data)
+    rounded = st.on_grid(solution, FP8_LM_O3_STATES.weight)
+    return tuple((x @ (w.float() - solution)).square().mean().item() for w in (weight.detach(), rounded))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_learn_as_far_as_their_format_reaches(kind, dtype):
+    loss, floor = regression(KINDS[kind], dtype)
+    assert 0.01 < floor < 0.05 and loss < 3 * floor
+
+
+def test_control_without_a_master_they_stick():
+    loss, floor = regression("fp32", torch.float32, lambda w: st.on_grid(w, FP8_LM_O3_STATES.weight))
+    assert loss > 30 * floor
+
+
 def test_unmarked_parameters_are_an_error_and_named_ones_are_not():
     param = nn.Parameter(torch.randn(64, 65))
     optimizer = optim.AdamW([param], states=HFP8_STATES)
@@ -262,6 +292,18 @@ def test_unmarked_parameters_are_an_error_and_named_ones_are_not():
     other.grad = torch.ones_like(other)
     named.step()
     assert torch.equal(other.detach(), round_to_format(other.detach(), "e4m3b11"))
+
+
+def test_converting_marks_and_marks_copies_again():
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    hf_lowprec.convert(model, "fp8-lm-o3")
+    for one in (model, copy.deepcopy(model)):
+        hf_lowprec.convert(one, "fp8-lm-o3")
+        optimizer = optim.AdamW(one.parameters(), states="fp8-lm-o3")
+        one(torch.randn(4, 64)).sum().backward()
+        optimizer.step()
+        names = [*["fp8-lm-o3", "fp8-lm"], *["fp8-lm"] * 2, *["fp8-lm-o3", "fp8-lm"]]
+        assert optimizer.param_groups[0]["overrides"] == names
 
 
 def test_float16_parameters():
