@@ -22,6 +22,7 @@ _EXPORTS = {
     "high_precision": "conversion",
     "invalidate": "conversion",
     "attach_optimizer": "stepping",
+    "grad_scaler": "loss_scaling",
     "ConversionError": "conversion",
     "ConversionReport": "report",
     "Recipe": "recipe",
@@ -46,6 +47,7 @@ __all__ = [*_EXPORTS, *_NAMESPACES]
 if TYPE_CHECKING:
     from hf_lowprec.checkpoint import export_pretrained, load_exported
     from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, revert
+    from hf_lowprec.loss_scaling import grad_scaler
     from hf_lowprec.modules import LowPrecLinear, StableEmbedding
     from hf_lowprec.presets import PRESETS
     from hf_lowprec.recipe import Recipe, RecipeError

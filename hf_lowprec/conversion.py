@@ -94,6 +94,7 @@ def convert(
     if existing is not None:
         _check_same(existing, model, chosen, excluded, module_filter_fn)
         _check_same_options(existing, fuse, min_numel, emulate)
+        _mark(existing)  # copies and new Parameters have no marks
         return existing.report
     if fuse is None:
         fuse = read_switch(FUSE_ENV, True)
@@ -107,6 +108,8 @@ def convert(
     report, modules = select(model, chosen, choice)
     why = emulation_reason(chosen, _device(model))
     report.emulated, report.why_emulated = emulated, why or ""
+    if chosen.loss_scale.method != "none":
+        report.loss_scale = f"{chosen.loss_scale.method}, by hf_lowprec.grad_scaler(model)"
     if chosen.quantises_gemms and not modules:
         raise NothingConvertedError(f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}")
     # Not `emulated`: a model that is still on the CPU runs natively once it has moved to a GPU.
@@ -126,8 +129,14 @@ def convert(
         on_gpu = always and torch.cuda.is_available()
         fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
     stepping.install_hooks()
-    optim.mark_embeddings(model)  # for optimizers of ours that nobody attaches
+    _mark(session)
     return report
+
+
+def _mark(session: Session) -> None:
+    """For optimizers of ours that nobody attaches."""
+    optim.mark_embeddings(session.root)
+    optim.mark_gemm_weights(session.root, session.weights().values())
 
 
 def revert(model: nn.Module) -> None:
@@ -310,9 +319,9 @@ def _refuse_what_nothing_reads(recipe: Recipe) -> None:
             raise ConversionError(
                 f"recipe {recipe.name!r}: {name}.accumulation: low-precision accumulation is planned, not here yet"
             )
-    if recipe.loss_scale.method == "static" or (recipe.loss_scale.method == "dynamic") != (recipe.base == "fp16"):
+    if recipe.loss_scale.method == "none" and recipe.base == "fp16":
         raise ConversionError(
-            f"recipe {recipe.name!r}: loss_scale: torch's GradScaler scales, dynamically and under base fp16 only"
+            f"recipe {recipe.name!r}: loss_scale: gradients in float16 need one; method 'dynamic', or 'static'"
         )
 
 

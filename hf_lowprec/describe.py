@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from hf_lowprec.formats import FORMATS, Format, get_format
 from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
-from hf_lowprec.recipe import Accumulation, Quant, Recipe, Residual, Rounding, Scaling, States
+from hf_lowprec.recipe import Accumulation, LossScale, Quant, Recipe, Residual, Rounding, RoundOff, Scaling, States
 
 GEMMS = {
     "fprop": ("output = input @ weight.T", ("input", "weight")),
@@ -118,8 +118,7 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
                 f"else doubled per {communication.growth} steps"
             )
         rows.append(("weight gradients", words))
-    loss_scale = recipe.loss_scale
-    rows.append(("loss scale", "none" if loss_scale.method == "none" else f"{loss_scale.method}, {loss_scale.init:g}"))
+    rows.append(("loss scale", loss_scale_words(recipe.loss_scale)))
     if recipe.quantises_gemms:
         rows.append(("saved by MLPs", _saved_words(recipe)))
         rows.append(("weight casts", _weight_cache_words(recipe)))
@@ -152,6 +151,10 @@ def state_rows(states: States) -> list[tuple[str, str]]:
         ("exp_avg_sq", quant_words(states.exp_avg_sq, "float32")),
         ("master", master_words(states)),
     ]
+    if states.weight is not None:
+        rows.append(("GEMM weights", f"{quant_words(states.weight, '')}: the Parameter holds its master's values"))
+    if states.arithmetic is not None:
+        rows.append(("update", f"every AXPY in {quant_words(states.arithmetic, '')}; the second moment in float32"))
     kept = [f"tensors under {states.min_numel} elements"] if states.min_numel else []
     kept += [] if states.embeddings else ["embeddings"]
     if kept:
@@ -159,22 +162,40 @@ def state_rows(states: States) -> list[tuple[str, str]]:
     return rows
 
 
+def loss_scale_words(loss_scale: LossScale) -> str:
+    """`dynamic from 65536, doubled after 2000 clean steps, ...`."""
+    if loss_scale.method == "none":
+        return "none"
+    skip = "a step with Inf or NaN in a gradient is skipped"
+    if loss_scale.method == "static":
+        return f"static, {loss_scale.init:g}; {skip}"
+    return (
+        f"dynamic from {loss_scale.init:g}: x {loss_scale.growth_factor:g} after {loss_scale.growth_interval} clean "
+        f"steps; {skip}, and x {loss_scale.backoff_factor:g}"
+    )
+
+
 def master_words(states: States) -> str:
     """Where the master of a 16-bit Parameter is, and how it rounds."""
     master = states.master
     if master is None:
         return f"the Parameter itself, updated {rounding_words(states.update)}"
+    if isinstance(master, RoundOff):
+        kept = quant_words(master.residual, "")
+        return f"a GEMM weight and what its format rounds away, in {kept}; of other 16-bit Parameters {kept}"
     if isinstance(master, Residual):
         rounding = "" if master.bits == 16 else f", {rounding_words(master.rounding)}"
         words = f"{master.bits} bits beside a bfloat16 Parameter{rounding}"
     else:
         words = "float32" if isinstance(master, str) else quant_words(master, "")
-    return words + "; a float32 Parameter is its own"
+    return words + ("; a float32 Parameter is its own" if states.weight is None else "")
 
 
 def master_name(states: States) -> str:
     """The master's format in a word; empty where the Parameter is it."""
     master = states.master
+    if isinstance(master, RoundOff):
+        return f"{states.weight.format if states.weight else ''}+{master.residual.format}"
     if isinstance(master, Residual):
         return f"bf16+{master.bits}"
     return master.format if isinstance(master, Quant) else master or ""
@@ -211,6 +232,11 @@ def one_line(recipe: Recipe) -> str:
         parts.append(f"states {' + '.join(kept)}" + (f" + master {master_name(states)}" if states.master else ""))
     if states is not None and states.update.mode == "stochastic":
         parts.append("16-bit weights updated with stochastic rounding")
+    if states is not None and states.weight is not None:
+        parts.append(f"weights kept in {states.weight.format}")
+    if states is not None and states.arithmetic is not None:
+        rounding = " stochastically" if states.arithmetic.rounding.mode == "stochastic" else ""
+        parts.append(f"every AXPY of the update rounded{rounding} to {states.arithmetic.format}")
     if recipe.communication is not None:
         mu = ", scaled by mu" if recipe.communication.auto_scale else ""
         parts.append(f"weight gradients {recipe.communication.gradient.format}{mu}")

@@ -31,6 +31,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from hf_lowprec.formats import Codebook, get_format
+from hf_lowprec.update_rules import check_update
 
 _CONFIG = ConfigDict(extra="forbid")
 
@@ -175,6 +176,23 @@ class Residual:
         return self
 
 
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class RoundOff:
+    """HFP8's master: what `States.weight` rounds away is kept beside the Parameter (`numerics.residual`).
+
+    residual: how; e6m9 without a scale in the paper, which a scale of its own amax may improve.
+    """
+
+    residual: Quant
+
+    @model_validator(mode="after")
+    def _check(self) -> RoundOff:
+        quant = self.residual
+        if quant.states_only or quant.scaling.method == "delayed":
+            raise ValueError(f"residual: {quant.states_only or 'delayed scaling'} is not for what rounding leaves")
+        return self
+
+
 def _refuse_states_only(slot: str, quant: Quant | None) -> None:
     if quant is not None and quant.states_only:
         raise ValueError(f"{slot}: {quant.states_only} is for optimizer states")
@@ -220,14 +238,19 @@ class Gemm:
 
 
 def _kind(master: Any) -> str:
-    """Which of the three a master is, so that an error speaks of that one only."""
+    """Which of the four a master is, so that an error speaks of that one only."""
     if isinstance(master, str):
         return "name"
+    if isinstance(master, RoundOff) or (isinstance(master, dict) and "residual" in master):
+        return "round-off"
     return "residual" if isinstance(master, Residual) or (isinstance(master, dict) and "bits" in master) else "quant"
 
 
 _Master = Annotated[
-    Annotated[Quant, Tag("quant")] | Annotated[Residual, Tag("residual")] | Annotated[Literal["float32"], Tag("name")],
+    Annotated[Quant, Tag("quant")]
+    | Annotated[Residual, Tag("residual")]
+    | Annotated[RoundOff, Tag("round-off")]
+    | Annotated[Literal["float32"], Tag("name")],
     Discriminator(_kind),
 ]
 
@@ -241,6 +264,11 @@ class States:
     master: where the Parameter is loaded in 16 bits (a float32 Parameter is its own master): a Quant of it, "float32",
         a `Residual` beside a bfloat16 Parameter, or None: the Parameter itself is the master.
     update: rounding of a 16-bit Parameter that is its own master.
+    weight: what the Parameters of quantised GEMMs hold, of any dtype: their master's values in this format, written
+        back after every step (FP8-LM's O3, HFP8). The master is then in the state, or, as `RoundOff`, half there.
+        Other Parameters have the master of 16-bit ones (of a `RoundOff`, its residual's format).
+    arithmetic: every AXPY of an update (weight decay into the gradient, gradient into the first moment, step into the
+        weight) is rounded to this format (arXiv 1812.08011); None: float32. A second moment is kept out of it.
     min_numel: tensors of fewer elements (counted before sharding) keep float32 moments.
     embeddings: False keeps float32 moments for embeddings (arXiv 2110.02861, section 2.3).
     """
@@ -249,6 +277,8 @@ class States:
     exp_avg_sq: Quant | None = None
     master: _Master | None = None
     update: Rounding = Rounding()
+    weight: Quant | None = None
+    arithmetic: Quant | None = None
     min_numel: int = 0
     embeddings: bool = True
 
@@ -264,13 +294,25 @@ class States:
             raise ValueError("exp_avg: a first moment has two signs; no compand 'sqrt' and no unsigned format")
         if isinstance(self.master, Quant) and self.master.compand != "none":
             raise ValueError("master: compand is for moments")
-        for slot in ("exp_avg", "exp_avg_sq", "master"):
-            quant = getattr(self, slot)
+        residual = self.master.residual if isinstance(self.master, RoundOff) else None
+        slots = {name: getattr(self, name) for name in ("exp_avg", "exp_avg_sq", "master", "weight", "arithmetic")}
+        for slot, quant in {**slots, "master.residual": residual}.items():
             if isinstance(quant, Quant) and quant.overflow == "error":
                 raise ValueError(f"{slot}: overflow 'error' reads every result back to the host")
         if self.min_numel < 0:
             raise ValueError("min_numel: at least 0")
+        check_update(self)
         return self
+
+    @property
+    def op_by_op(self) -> bool:
+        """Whether a step is none that kernels have."""
+        return self.weight is not None or self.arithmetic is not None
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether they say how weights are updated, which is then any optimizer's business; else they are moments."""
+        return self.op_by_op or (self.master is None and self.update.mode == "stochastic")
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -294,10 +336,29 @@ class Communication:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class LossScale:
-    """Loss scaling of fp16 training; torch's GradScaler carries it out."""
+    """Loss scaling, of any base precision; torch's GradScaler carries it out.
+
+    method: `static` (the scale stays `init`) or `dynamic`. Either skips a step whose gradients hold NaN or Inf.
+    growth_factor, growth_interval, backoff_factor: dynamic only. The scale grows after `growth_interval` steps without
+        one that was skipped, and shrinks after each that was.
+    """
 
     method: Literal["none", "static", "dynamic"] = "none"
     init: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+
+    @model_validator(mode="after")
+    def _check(self) -> LossScale:
+        if not 0 < self.init < 2.0**127:
+            raise ValueError("init: positive and finite")
+        if not (self.growth_factor > 1 and 0 < self.backoff_factor < 1 and self.growth_interval >= 1):
+            raise ValueError("growth_factor above 1, backoff_factor between 0 and 1, growth_interval at least 1")
+        varied = (self.growth_factor, self.backoff_factor, self.growth_interval) != (2.0, 0.5, 2000)
+        if (varied and self.method != "dynamic") or (self.init != 65536.0 and self.method == "none"):
+            raise ValueError(f"method {self.method!r} does not read every field that is set")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -30,7 +30,7 @@ class ConversionReport:
     untraced: model or part of it -> why nobody knows which of its modules read the same tensors.
     emulated, why_emulated: whether GEMMs are computed slowly, and why that is so although nobody asked for it.
     optimizer: one line about the optimizer, once one is attached.
-    attention, loss: what else was chosen for this model, in a few words.
+    attention, loss, loss_scale: what else was chosen for this model, in a few words.
     """
 
     recipe: Recipe
@@ -55,6 +55,7 @@ class ConversionReport:
     optimizer: str = "no optimizer attached"
     attention: str | None = None
     loss: str | None = None
+    loss_scale: str | None = None
     _kernels_before: Counter[str] = field(default_factory=kernel_counts, repr=False)
 
     @property
@@ -92,7 +93,7 @@ class ConversionReport:
         return f"; fused: {', '.join(words)}" if words else ""
 
     def _chosen(self) -> str:
-        parts = (("attention", self.attention), ("loss", self.loss))
+        parts = (("attention", self.attention), ("loss", self.loss), ("loss scale", self.loss_scale))
         return "".join(f"; {what} {words}" for what, words in parts if words is not None)
 
     def _warnings(self) -> str:

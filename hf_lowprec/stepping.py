@@ -84,7 +84,8 @@ def attach_optimizer(
     what it loads before, and the state in that checkpoint is dropped silently: attach before `load_state_dict`.
 
     Adam and AdamW are replaced by `hf_lowprec.optim.AdamW` over the same param groups when the recipe names optimizer
-    states; any other optimizer is kept, and the report says so. Embeddings are marked (`optim.mark_embeddings`).
+    states, and SGD where these say how weights are updated; any other optimizer is kept, and the report says so.
+    Parameters are marked (`optim.mark_embeddings`, `optim.mark_gemm_weights`).
 
     keep: a reason not to replace the optimizer, e.g. that its Parameters are shards (which need not be the model's).
 
@@ -100,6 +101,7 @@ def attach_optimizer(
             "prepared, after any step that replaces them (PEFT, resize_token_embeddings, from_pretrained)"
         )
     optim.mark_embeddings(session.root)
+    optim.mark_gemm_weights(session.root, session.weights().values())
     states = session.recipe.states
     if keep is not None:
         how = f"kept ({keep})"
@@ -111,8 +113,12 @@ def attach_optimizer(
     elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         optimizer = optim.AdamW.adopt(optimizer, states)
         how = f"with {_describe(optimizer)}"
+    elif states.of_weights and type(optimizer) is torch.optim.SGD:
+        optimizer = optim.SGD.adopt(optimizer, states)
+        how = f"with {_describe(optimizer)}"
     else:
-        how = "kept (only Adam and AdamW have low-precision states)"
+        whose = "Adam, AdamW and SGD" if states.of_weights else "Adam and AdamW"
+        how = f"kept (only {whose} have low-precision states)"
     _report(session, optimizer, f"optimizer {type(optimizer).__name__} {how}")
     session.scaling.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     carry_state(session, optimizer)
@@ -261,8 +267,14 @@ def _describe_group(optimizer: optim.LowPrecOptimizer, group: dict[str, Any]) ->
         elif slot == "master":
             words.append("master float32")
     words = words or ["float32 states"]
-    if dtype.itemsize == 2 and states.master is None and states.update.mode == "stochastic":
-        words.append("weights rounded stochastically")
+    if states.weight is not None:
+        words.append(f"GEMM weights {states.weight.format}")
+    if states.arithmetic is not None:
+        how = " stochastically" if states.arithmetic.rounding.mode == "stochastic" else ""
+        words.append(f"AXPYs rounded{how} to {states.arithmetic.format}")
+    if states.master is None and states.update.mode == "stochastic":
+        alone = "float32 weights are not rounded: load the model in bfloat16 for that"
+        words.append("weights rounded stochastically" if dtype.itemsize == 2 else alone)
     return ", ".join(words)
 
 

@@ -30,6 +30,7 @@ from hf_lowprec.conversion import (
     recipe_of,
     report_of,
 )
+from hf_lowprec.integrations.accelerate_scaler import scale_loss
 from hf_lowprec.integrations.switches import SWITCHES, Switches, settle
 from hf_lowprec.recipe import Recipe, RecipeError
 from hf_lowprec.session import live_sessions, session_of
@@ -170,6 +171,7 @@ def _meet(accelerator: Any, model: nn.Module, *, trained: bool) -> None:
         _check_supported(accelerator, model, recipe)
         switches = _switches(accelerator, model)
         convert(inner, recipe, fuse=switches.fuse)
+        scale_loss(accelerator, inner, recipe, _engine(accelerator))
         settle(inner, switches, accelerator.device, engine=_engine(accelerator))
         _add(ledger.policies, inner)
     else:
@@ -298,7 +300,7 @@ def _attach_late(accelerator: Any) -> None:
         inner = wrapper.optimizer
         if inner in ledger.waiting and any(_shares_parameters(inner, m) for m in _alive(ledger.policies)):
             if wrapper.scaler is not None:  # accelerate has patched `step` of the old one
-                raise ConversionError("with mixed_precision='fp16', prepare the model before or with its optimizer")
+                raise ConversionError("with a loss scale, prepare the model before or with its optimizer")
             wrapper.optimizer = _attach(accelerator, inner, ())
 
 

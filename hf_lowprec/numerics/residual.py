@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A float32 master as a bfloat16 Parameter and the low bits that it lacks: integers, no arithmetic that could round.
+"""A float32 master in two parts: a Parameter, and what it lacks.
+
+A bfloat16 Parameter and its low bits: integers, no arithmetic that could round.
 
     16 bits   p = (bits + 0x8000) >> 16                    half away from zero; bits: the float32 seen as an int32
               r = bits - (p << 16)                         int16; the master is (p << 16) + r, exactly
@@ -15,9 +17,20 @@ and the largest r, at most half a unit of p too small. A non-finite one is p alo
 Where somebody edits the Parameter and leaves r, the master is off by at most half a unit of p (as a float32 that was
 just written to bfloat16). An edit may make what `split` never gives: a negative r beside a zero counts as 0, and so
 does any r beside Inf or NaN; as integers they would make a NaN of a pruned weight.
+
+A Parameter of any format Q, and what rounding to it leaves (HFP8, NeurIPS 2019), in a format R of its own:
+
+    p = Q(t)            res = R(t - p)                  float32 differences
+    t = p + res,        or p where Q(p + res / 2) != p: somebody has edited it
+
+|res| is at most half a unit of p (more where Q saturates, whose rest res also holds), so that half of it never changes
+Q. An edit to another value of Q that is far smaller than what was there, or to no value of Q, counts as it is; one to
+a value of Q of the same size keeps its residual, and is off by less than a unit of p.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,3 +73,8 @@ def join(param: Tensor, residual: Tensor) -> Tensor:
     magnitude = high & 0x7FFF0000
     low = torch.where(magnitude == 0, low.clamp(min=0), low).masked_fill_(magnitude >= _INF << 16, 0)
     return high.add_(low).view(torch.float32)
+
+
+def rejoin(param: Tensor, residual: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """The master of a Parameter and its residual, both in float32 (or float64), under `rounded`, which is Q."""
+    return torch.where(rounded(param + residual * 0.5) == param, param + residual, param)

@@ -7,7 +7,7 @@ from hf_lowprec.optim.bitsandbytes import load_bitsandbytes, to_bitsandbytes
 from hf_lowprec.optim.clipping import clip_factor
 from hf_lowprec.optim.gradient import GradientQuantizer, GradientSwap
 from hf_lowprec.optim.lion import Lion
-from hf_lowprec.optim.overrides import mark_embeddings
+from hf_lowprec.optim.overrides import mark_embeddings, mark_gemm_weights
 from hf_lowprec.optim.release import release_gradients
 from hf_lowprec.optim.sgd import SGD
 
@@ -23,6 +23,7 @@ __all__ = [
     "clip_factor",
     "load_bitsandbytes",
     "mark_embeddings",
+    "mark_gemm_weights",
     "release_gradients",
     "to_bitsandbytes",
 ]

@@ -25,9 +25,10 @@ _ADOPTED_BY = "_hf_lowprec_adopted_by"  # on an adopted optimizer: the one it fo
 def adopt(
     optimizer: Optimizer, states: str | States, kinds: dict[type[Optimizer], type[LowPrecOptimizer]]
 ) -> LowPrecOptimizer:
-    """`AdamW.adopt`; see there. kinds: which class takes over from which."""
+    """`AdamW.adopt`, `SGD.adopt`; see there. kinds: which class takes over from which."""
     if type(optimizer) not in kinds:
-        raise TypeError(f"adopt takes a torch.optim.Adam or AdamW, not a {type(optimizer).__qualname__}")
+        known_kinds = " or ".join(kind.__qualname__ for kind in kinds)
+        raise TypeError(f"adopt takes a torch.optim.{known_kinds}, not a {type(optimizer).__qualname__}")
     decoupled = isinstance(optimizer, torch.optim.AdamW)
     if not decoupled and any(group["weight_decay"] for group in optimizer.param_groups):
         states = _exact(states)
@@ -56,7 +57,8 @@ def adopt(
         for key in DROPPED:
             if key != "param_names":
                 group.pop(key, None)
-        group.setdefault("decoupled_weight_decay", decoupled)
+        if cls.algorithm == "adam":
+            group.setdefault("decoupled_weight_decay", decoupled)
         group.update(extra)
     for group, names in zip(new.param_groups, overrides, strict=True):
         group["overrides"] = names
@@ -92,6 +94,8 @@ def _taken_over(
         for position, param in enumerate(group["params"]):
             held = old.state.get(param)
             if held:
+                held = new.from_foreign(held)
+                by_name.check_marked(planned, names, position)
                 states = by_name.of_parameter(planned, position, param.numel(), vector=is_vector(param))
                 state[param] = st.from_torch(held, states, param, "adopted optimizer", new.moments(planned, held))
         overrides.append(names)

@@ -17,6 +17,11 @@ number of this step; c the clipping factor; g = grad * c, negated to maximize. C
                   w = w - m * lr;  nesterov: w = w - (g + m * momentum) * lr;  no momentum: w = w - g * lr
 
 Where a state's scale is `predicted`, it comes from a bound on the new values (`optim/bounds.py`).
+
+Where `states.arithmetic` names a format, the results of three AXPYs are rounded to it, stochastically or to nearest,
+before anything reads them (arXiv 1812.08011): g + w * wd; the new m; the new w. For SGD these are all there is. Of the
+others v, the ratio, and decoupled decay (a part of the last AXPY) stay in float32: in 1-6-9, which ends at 2^-39, a v
+of ordinary gradients would be 0.
 """
 
 from __future__ import annotations
@@ -168,21 +173,21 @@ def _scalars(algorithm: str, items: Sequence[Item]) -> list[Scalars]:
 
 
 def _adam(g: Tensor, w: Tensor, old: Moments, s: Scalars, item: Item) -> tuple[Tensor, Moments]:
-    new = _adam_moments(g, old, s)
+    new = _adam_moments(g, old, s, item)
     if item.group["weight_decay"] and item.group["decoupled_weight_decay"]:
         w = w * s["decay"]
     denominator = sqrt_rn(new["exp_avg_sq"]).mul_(s["rbc2"]).add_(s["eps"])
     return w - (new["exp_avg"] * s["alpha"]).div_(denominator), new
 
 
-def _adam_moments(g: Tensor, old: Moments, s: Scalars) -> Moments:
-    m = (g - old["exp_avg"]).mul_(s["omb1"]).add_(old["exp_avg"])
+def _adam_moments(g: Tensor, old: Moments, s: Scalars, item: Item) -> Moments:
+    m = _rounded((g - old["exp_avg"]).mul_(s["omb1"]).add_(old["exp_avg"]), "exp_avg", item)
     v = (g * s["omb2"]).mul_(g).add_(old["exp_avg_sq"] * s["b2"])
     return {"exp_avg": m, "exp_avg_sq": v}
 
 
 def _stable_adam(g: Tensor, w: Tensor, old: Moments, s: Scalars, item: Item) -> tuple[Tensor, Moments]:
-    new = _adam_moments(g, old, s)
+    new = _adam_moments(g, old, s, item)
     m, v = new["exp_avg"], new["exp_avg_sq"]
     square, numel = (g * g).div_(v.clamp(min=s["eps2"])).sum(dtype=torch.float64), g.numel()
     if item.shard is not None:
@@ -200,15 +205,25 @@ def _lion(g: Tensor, w: Tensor, old: Moments, s: Scalars, item: Item) -> tuple[T
     direction = (difference * s["omb1"]).add_(m).sign_()
     if item.group["weight_decay"]:
         w = w * s["decay"]
-    return w - direction.mul_(s["lr"]), {"exp_avg": difference.mul_(s["omb2"]).add_(m)}
+    new = _rounded(difference.mul_(s["omb2"]).add_(m), "exp_avg", item)
+    return w - direction.mul_(s["lr"]), {"exp_avg": new}
 
 
 def _sgd(g: Tensor, w: Tensor, old: Moments, s: Scalars, item: Item) -> tuple[Tensor, Moments]:
     new: Moments = {}
     if item.group["momentum"]:
-        m = new["momentum_buffer"] = (old["momentum_buffer"] * s["momentum"]).add_(g * s["damped"])
+        m = (old["momentum_buffer"] * s["momentum"]).add_(g * s["damped"])
+        m = new["momentum_buffer"] = _rounded(m, "momentum_buffer", item)
         g = (m * s["momentum"]).add_(g) if item.group["nesterov"] else m
     return w - g * s["lr"], new
+
+
+def _rounded(value: Tensor, stream: str, item: Item) -> Tensor:
+    """The result of an AXPY, in `states.arithmetic`."""
+    if item.states.arithmetic is None:
+        return value
+    step = item.state["step"] + 1
+    return st.round_result(value, item.states, stream, index=item.index, step=step, start=item.start)
 
 
 # --- a step --------------------------------------------------------------------------------------------------------
@@ -323,7 +338,7 @@ def update(
     """Everything but `step`. finite: as `states.write` has it."""
     state, hp = item.state, st.hp_dtype(item.param)
     step = state["step"] + 1
-    w = st.read_weight(state, item.param, item.states)
+    w = st.read_weight(state, item.param, item.states, item.shard)
     old = {name: st.read(state, name, item.quant(name), hp, item.param.shape) for name in item.moments}
 
     g = item.grad.to(hp)
@@ -334,8 +349,9 @@ def update(
     if item.group["maximize"]:
         g = -g
     if coupled(algorithm, item.group) and item.group["weight_decay"]:
-        g = w * s["wd"] + g
+        g = _rounded(w * s["wd"] + g, "l2", item)
     new_w, new = ALGORITHMS[algorithm].update(g, w, old, s, item)
+    new_w = _rounded(new_w, "master", item)
     if good is not None:
         new_w = torch.where(good, new_w, w)
         new = {name: torch.where(good, value, old[name]) for name, value in new.items()}

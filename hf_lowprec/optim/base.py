@@ -288,10 +288,10 @@ class LowPrecOptimizer(Optimizer):
 
     def _meet(self, plan: Plan, item: Item) -> None:
         """Looks at a parameter whose gradient comes for the first time, or in another dtype."""
-        item.grad_dtype = item.grad.dtype
         if not item.state:  # marked since the plan was made
+            by_name.note_mark(item.group, item.position, item.key, needed=True)
             item.states = make_item(self, item.group, item.position, item.key, item.index).states
-        item.slots = st.layout(item.states, item.param.dtype, item.moments)
+        item.slots, item.grad_dtype = st.layout(item.states, item.param.dtype, item.moments), item.grad.dtype
         plan.watch(item)
         covered = item.param.is_cuda and _kernels().takes(self.algorithm, item)
         item.route = plan.route(item.param.device, covered)
@@ -323,7 +323,6 @@ class LowPrecOptimizer(Optimizer):
 
     def _start(self, item: Item) -> None:
         """Gives a parameter its state."""
-        self._note_mark(item)
         item.state.update(st.init_state(item.param, item.states, item.moments, shard=item.shard))
         self.state[item.key] = item.state
 
@@ -331,16 +330,7 @@ class LowPrecOptimizer(Optimizer):
         """Writes marks down that were set since. To be called before FSDP2 shards: new Parameters have no marks."""
         for item in self._plan_now().items:
             if not item.state:
-                self._note_mark(item)
-
-    @staticmethod
-    def _note_mark(item: Item) -> None:
-        """Writes down what would otherwise be lost with an attribute of the Parameter."""
-        group, position = item.group, item.position
-        if group["overrides"][position] is None and by_name.is_embedding(item.key):  # marked since
-            names = list(group["overrides"])  # a new list: state dicts taken before share the old one
-            names[position] = by_name.embedding_name(group)
-            group["overrides"] = names
+                by_name.note_mark(item.group, item.position, item.key)
 
     @staticmethod
     def _release(items: Iterable[Item]) -> None:

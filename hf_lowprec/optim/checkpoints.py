@@ -102,14 +102,14 @@ def _checked_groups(optimizer: LowPrecOptimizer, state_dict: dict[str, Any]) -> 
 
 
 def _checked_overrides(mine: Group, loaded: Group) -> list[str | None]:
-    """The checkpoint decides which embeddings have float32 moments; what the constructor overrode must agree."""
+    """The checkpoint decides what marks would; what the constructor overrode must agree."""
     own: list[str | None] = mine["overrides"]
     if "states" not in loaded:  # torch's
         return by_name.with_marks(own, mine)
     theirs: Any = loaded.get("overrides", own)
     if not isinstance(theirs, list) or len(theirs) != len(own):
         raise ValueError("overrides: the checkpoint's do not fit its parameters; the file is corrupt")
-    same = {None, by_name.embedding_name(mine)}
+    same = by_name.names_of_marks(mine)
     for label, a, b in zip(_labels(mine, loaded), own, theirs, strict=True):
         if a != b and not {a, b} <= same:
             default = mine["states"]
@@ -141,6 +141,7 @@ def _checked_state(optimizer: LowPrecOptimizer, loaded_state: dict[Any, Any], gr
         if not values:  # somebody looked up a parameter that has not been stepped: `state` is a defaultdict
             continue
         param, label, position, group, foreign = owners[key]
+        by_name.check_marked(group, group["overrides"], position)
         states = by_name.of_parameter(group, position, param.numel(), vector=is_vector(param))
         if foreign:
             values = optimizer.from_foreign(values)

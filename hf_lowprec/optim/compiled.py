@@ -79,6 +79,8 @@ def check(algorithm: str, item: Item) -> None:
         )
     if not ALGORITHMS[algorithm].elementwise:
         raise ValueError(f"compile=True: a step of {algorithm!r} looks at whole tensors, and is not compiled")
+    if item.states.op_by_op:
+        raise ValueError("compile=True: steps of states with `weight` or `arithmetic` are not compiled; leave it out")
     if any(isinstance(slot, Quant) and slot.compand == "expand" for slot in item.slots.values()):
         raise ValueError(
             "compile=True: states with compand 'expand' take powers, which C++ and torch round differently; choose fp8"

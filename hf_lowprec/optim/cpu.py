@@ -78,6 +78,8 @@ def _cuts(numel: int, align: int, sizes: tuple[int, ...]) -> list[int]:
 def alignment(item: Item) -> int:
     """Of what slices are multiples: whole blocks, whole bytes; 0 if it cannot be sliced."""
     align = 1
+    if item.states.weight is not None and item.states.weight.scaling.method == "current":
+        return 0
     for slot in item.slots.values():
         if not isinstance(slot, Quant):
             continue

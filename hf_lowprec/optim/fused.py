@@ -63,7 +63,7 @@ def _stands_alone(algorithm: str, item: Item) -> bool:
 
 def covers(algorithm: str, states: States, param: Tensor, grad: Tensor) -> bool:
     """Whether there is a kernel for a parameter with these effective states; if not, it runs op by op."""
-    if param.device != grad.device or not available(param.device):
+    if states.op_by_op or param.device != grad.device or not available(param.device):
         return False
     slots = layout(states, param.dtype, _MOMENTS[algorithm])
     return kind_of(algorithm, param.dtype, grad.dtype, slots, states.update) is not None

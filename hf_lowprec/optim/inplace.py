@@ -104,6 +104,8 @@ def _integers(n: int) -> tuple[Tensor, Tensor]:
 
 def covers(algorithm: str, item: Item) -> bool:
     """Whether `update` has this item, and its slices of whole blocks."""
+    if item.states.op_by_op:
+        return False
     if algorithm not in _UPDATES or not item.param.is_contiguous() or st.hp_dtype(item.param) != torch.float32:
         return False
     if algorithm == "sgd" and item.moments and not item.group["momentum"]:

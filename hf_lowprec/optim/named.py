@@ -49,7 +49,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from hf_lowprec.presets import DECOUPLING, FP8_LM_STATES, PRESETS
-from hf_lowprec.recipe import NONE, Quant, Residual, Rounding, Scaling, States
+from hf_lowprec.recipe import NONE, Quant, Residual, Rounding, RoundOff, Scaling, States
 
 _SR = Rounding(mode="stochastic")
 _SMALL = 4096
@@ -182,11 +182,15 @@ def with_master(states: States, master: str | None = "default") -> States:
 
 
 @functools.lru_cache(maxsize=1024)
-def effective(states: States, numel: int, embedding: bool = False, vector: bool = False) -> States:
+def effective(states: States, numel: int, embedding: bool = False, vector: bool = False, gemm: bool = True) -> States:
     """What a parameter of `numel` elements (before sharding) keeps: small ones and some embeddings float32 moments.
 
     vector: a sharded one of one dimension, whose rows are single elements: float32 where others have blocks of a row.
+    gemm: False: it is no weight of a quantised GEMM, and `states.weight` not its format.
     """
+    if states.weight is not None and not gemm:
+        master = states.master.residual if isinstance(states.master, RoundOff) else states.master
+        states = replace(states, weight=None, master=master)
     if numel < states.min_numel or (embedding and not states.embeddings):
         return replace(states, exp_avg=None, exp_avg_sq=None)
     if vector:

@@ -4,7 +4,8 @@
 Names: `overrides={"lm_head": "fp32", "norm$": States(...)}`, regular expressions searched in the names that
 `named_parameters()` gives; the first that matches wins. Marks: `mark_embeddings(model)` sets an attribute on the
 weights of embeddings, because an optimizer sees Parameters and not the modules that hold them; states with
-`embeddings=False` keep float32 moments for those.
+`embeddings=False` keep float32 moments for those. `convert` marks all Parameters, by `mark_gemm_weights`, for states
+with a format of the weights themselves (`States.weight`): who takes no part in a quantised GEMM does not get it.
 
 Attributes of a Parameter do not survive copies, pickles or sharding. So both end up as one plain list in the group:
 `group["overrides"][i]` is the name of the states of `group["params"][i]`, or None for those of the group.
@@ -22,6 +23,7 @@ from hf_lowprec.optim.states import effective, resolve_states, states_name, with
 from hf_lowprec.recipe import States
 
 _EMBEDDING = "_hf_lowprec_embedding"  # on a Parameter: it is an embedding's weight
+_GEMM = "_hf_lowprec_gemm"  # on a Parameter: whether it is a weight that a recipe's GEMMs quantise
 
 Patterns = tuple[tuple[str, str], ...]  # (regular expression, states name)
 
@@ -41,6 +43,19 @@ def mark_embeddings(model: nn.Module) -> int:
 def is_embedding(param: Tensor) -> bool:
     """Whether `mark_embeddings` marked `param`."""
     return bool(getattr(param, _EMBEDDING, False))
+
+
+def mark_gemm_weights(model: nn.Module, weights: Iterable[Tensor]) -> None:
+    """Marks every Parameter of `model`: whether it is one of `weights`, those of quantised GEMMs."""
+    those = {id(weight) for weight in weights}
+    for param in model.parameters():
+        setattr(param, _GEMM, id(param) in those)
+
+
+def is_gemm_weight(param: Tensor) -> bool | None:
+    """What `mark_gemm_weights` said; None: nothing."""
+    found: bool | None = getattr(param, _GEMM, None)
+    return found
 
 
 def parse(overrides: Mapping[str, str | States] | None) -> Patterns:
@@ -77,30 +92,77 @@ def check_used(patterns: Patterns, names: Iterable[str]) -> None:
             raise ValueError(f"overrides: {pattern!r} occurs in no parameter's name; there are {', '.join(near)}")
 
 
-def resolve(name: str, master: str | None, numel: int, *, embedding: bool = False, vector: bool = False) -> States:
+def resolve(
+    name: str, master: str | None, numel: int, *, embedding: bool = False, vector: bool = False, gemm: bool = True
+) -> States:
     """What a parameter of `numel` elements really keeps under states `name`, with the master that was asked for."""
-    return effective(with_master(resolve_states(name), master), numel, embedding, vector)
+    return effective(with_master(resolve_states(name), master), numel, embedding, vector, gemm)
 
 
 def of_parameter(
-    group: Mapping[str, object], position: int, numel: int, *, marked: bool = False, vector: bool = False
+    group: Mapping[str, object],
+    position: int,
+    numel: int,
+    *,
+    marked: bool = False,
+    vector: bool = False,
+    gemm: bool = False,
 ) -> States:
     """Effective states of `group["params"][position]`.
 
-    marked: it is an embedding, and the group does not know yet. vector: `shards.is_vector` of it.
+    marked, gemm: it is an embedding, or a weight of a quantised GEMM, and the group does not know yet.
+    vector: `shards.is_vector` of it.
     """
     names = group.get("overrides")
     assert isinstance(names, list)
     name, master = names[position], group["master"]
     assert master is None or isinstance(master, str)
-    return resolve(name or str(group["states"]), master, numel, embedding=marked and name is None, vector=vector)
+    if name is not None:
+        return resolve(name, master, numel, vector=vector)
+    return resolve(str(group["states"]), master, numel, embedding=marked, vector=vector, gemm=gemm)
 
 
 def with_marks(names: Sequence[str | None], group: Mapping[str, object]) -> list[str | None]:
-    """A new list for `group["overrides"]`: `names`, and where they say nothing, what marks of embeddings say."""
-    params, embedding = group["params"], embedding_name(group)
+    """A new list for `group["overrides"]`: `names`, and where they say nothing, what marks say."""
+    params = group["params"]
     assert isinstance(params, list)
-    return [embedding if n is None and is_embedding(p) else n for n, p in zip(names, params, strict=True)]
+    return [_marked_name(group, p) if n is None else n for n, p in zip(names, params, strict=True)]
+
+
+def note_mark(group: dict[str, object], position: int, param: Tensor, *, needed: bool = False) -> None:
+    """Writes down in `group["overrides"]` what would otherwise be lost with an attribute of the Parameter.
+
+    needed: raises ValueError if nobody has said whether `param` has `States.weight`, and somebody has to.
+    """
+    names = group["overrides"]
+    assert isinstance(names, list)
+    if names[position] is not None:
+        return
+    if (name := _marked_name(group, param)) is not None:  # marked since
+        group["overrides"] = [*names[:position], name, *names[position + 1 :]]  # older state dicts share the old one
+    elif needed:
+        check_marked(group, names, position)
+
+
+def check_marked(group: Mapping[str, object], names: Sequence[str | None], position: int) -> None:
+    """Raises ValueError where states have a format of GEMMs' weights, and nobody has said which those are."""
+    if names[position] is None and resolve_states(str(group["states"])).weight is not None:
+        raise ValueError(
+            f"states {group['states']}: they are about the weights of quantised GEMMs, and an optimizer cannot know "
+            "which Parameters are: call hf_lowprec.convert(model, ...) before the first step (and after it, if PEFT "
+            "or others have added Parameters: hf_lowprec.attach_optimizer(model, optimizer)), or name them by "
+            "overrides="
+        )
+
+
+def _marked_name(group: Mapping[str, object], param: Tensor) -> str | None:
+    """The entry of `group["overrides"]` that the marks of `param` ask for; None if they ask for nothing."""
+    if is_embedding(param) and (name := embedding_name(group)) is not None:
+        return name
+    gemm, states = is_gemm_weight(param), resolve_states(str(group["states"]))
+    if states.weight is None or gemm is None:
+        return None
+    return states_name(effective(states, states.min_numel, gemm=gemm))
 
 
 def embedding_name(group: Mapping[str, object]) -> str | None:
@@ -108,4 +170,11 @@ def embedding_name(group: Mapping[str, object]) -> str | None:
     plain = resolve_states(str(group["states"]))
     if plain.embeddings:
         return None
-    return states_name(effective(plain, plain.min_numel, True))
+    return states_name(effective(plain, plain.min_numel, True, gemm=False))
+
+
+def names_of_marks(group: Mapping[str, object]) -> set[str | None]:
+    """Every entry that marks may have made."""
+    states = resolve_states(str(group["states"]))
+    kinds = (states_name(effective(states, states.min_numel, gemm=gemm)) for gemm in (True, False))
+    return {None, embedding_name(group), *(kinds if states.weight is not None else ())}

@@ -126,7 +126,8 @@ def make_item(optimizer: LowPrecOptimizer, group: Group, position: int, param: T
     """The item of one parameter. Raises ValueError: a master that its dtype cannot have."""
     state = optimizer.state.get(param, {})
     marked = not state and overrides.is_embedding(param)
-    states = overrides.of_parameter(group, position, param.numel(), marked=marked, vector=is_vector(param))
+    gemm = bool(overrides.is_gemm_weight(param))
+    states = overrides.of_parameter(group, position, param.numel(), marked=marked, vector=is_vector(param), gemm=gemm)
     item = Item(local_of(param), state, states, group, position, index, moments=optimizer.moments(group, state))
     item.slots = st.layout(states, param.dtype, item.moments)
     item.key, item.shard = param, shard_of(param)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from hf_lowprec.optim.adopt import adopt
 from hf_lowprec.optim.base import _NO_STATE, LowPrecOptimizer
 from hf_lowprec.recipe import States
 
@@ -66,3 +68,10 @@ class SGD(LowPrecOptimizer):
             return state
         kept = {key: value for key, value in state.items() if value is not None}
         return {"step": torch.tensor(float(bool(kept))), **kept}
+
+    @classmethod
+    def adopt(cls, optimizer: Optimizer, states: str | States) -> SGD:
+        """Takes over from a torch.optim.SGD, as `AdamW.adopt` does from Adam; its equations stay."""
+        new = adopt(optimizer, states, {torch.optim.SGD: SGD})
+        assert isinstance(new, SGD)
+        return new

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 _NEAREST = Rounding()
 # Who rounds stochastically, numbered. Checkpoints go on with these numbers: append, never reorder.
-_STREAMS = ("exp_avg", "exp_avg_sq", "master", "parameter", "grad", "momentum_buffer")
+_STREAMS = ("exp_avg", "exp_avg_sq", "master", "parameter", "grad", "momentum_buffer", "l2")
 
 
 def hp_dtype(of: Tensor | torch.dtype) -> torch.dtype:

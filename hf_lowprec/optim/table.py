@@ -14,8 +14,10 @@ _LARGE = 1 << 24  # elements; counters and single scales vanish
 
 
 def named() -> dict[str, States]:
-    """Names that are for choosing: not those of a paper's ablation, nor of recipes that have states by the way."""
-    by_the_way = {name for name, recipe in PRESETS.items() if recipe.states and not recipe.quantises_gemms}
+    """Names that are for choosing: not those of a paper's ablation, nor of states that mean something, or go fast,
+    with their recipe only."""
+    recipes = [(name, recipe, recipe.states) for name, recipe in PRESETS.items() if recipe.states is not None]
+    by_the_way = {name for name, recipe, states in recipes if states.op_by_op or not recipe.quantises_gemms}
     return {name: states for name, states in NAMED.items() if not name.startswith("#") and name not in by_the_way}
 
 

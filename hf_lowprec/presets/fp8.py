@@ -51,6 +51,8 @@ FP8_LM_STATES = States(
     master=Quant(format="e5m10", scaling=replace(_PREDICTED, margin=4), rounding=_SR),
     min_numel=4096,
 )
+# O3: the Parameters of GEMMs hold the master's E4M3 values, with the scale that the GEMM's own cast finds again.
+FP8_LM_O3_STATES = replace(FP8_LM_STATES, weight=Quant(format="e4m3fn", scaling=_POW2))
 _FP8_LM = Recipe(
     name="fp8-lm",
     paper="FP8-LM: Training FP8 Large Language Models, arXiv 2310.18313",
@@ -63,6 +65,7 @@ _FP8_LM = Recipe(
 RECIPES = (
     _FP8_LM,
     replace(_FP8_LM, name="fp8-lm-o1", states=None),
+    replace(_FP8_LM, name="fp8-lm-o3", states=FP8_LM_O3_STATES),
     Recipe(
         name="te-delayed",
         paper="FP8 Formats for Deep Learning, arXiv 2209.05433; TransformerEngine DelayedScaling",

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounded AXPYs and FP8 weights under FSDP2: the bits do not depend on the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sharding import Bag, Pair, differing, everything, one_process, sharded, take_steps
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from training import MAKE, bits
+
+from hf_lowprec.optim import AdamW, mark_gemm_weights
+from hf_lowprec.presets.fp8 import FP8_LM_O3_STATES
+from hf_lowprec.presets.narrow import HFP8_STATES, WANG_STATES
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+RULES = {"wang": WANG_STATES, "o3": FP8_LM_O3_STATES, "hfp8": HFP8_STATES}
+CASES = [("wang", "SGD", torch.bfloat16), ("o3", "AdamW", torch.bfloat16), ("o3", "AdamW", torch.float32),
+         ("hfp8", "AdamW", torch.float32)]  # fmt: skip
+SHAPES = [(520, 256), (17, 256), (129, 37), (4101,), (5,), (7, 13), (1, 4352)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(str(tmp_path_factory.mktemp("pair")))
+    yield pair
+    pair.stop()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_process(str(tmp_path_factory.mktemp("alone"))):
+        yield
+
+
+def trained(rule: str, name: str, dtype: torch.dtype, *, shard: bool = True) -> dict[str, torch.Tensor]:
+    bag = sharded(dtype, SHAPES) if shard else Bag(dtype, SHAPES)
+    mark_gemm_weights(bag, list(bag.parameters())[:-1])
+    optimizer = MAKE[name](bag.parameters(), states=RULES[rule], lr=1e-3, weight_decay=0.0)
+    take_steps(bag, optimizer, range(3))
+    assert optimizer.skipped_steps == 0
+    return everything(bag, optimizer)
+
+
+@pytest.mark.parametrize(("rule", "name", "dtype"), CASES)
+def test_two_processes_take_the_steps_of_one(pair, alone, rule, name, dtype):
+    one, plain = trained(rule, name, dtype), trained(rule, name, dtype, shard=False)
+    first, second = pair(trained, rule, name, dtype)
+    assert not differing(first, second) and not differing(one, first)
+    assert not [key for key in differing(plain, one) if key.startswith("weight")]
+    assert not torch.equal(one["weight 1"], bits(Bag(dtype, SHAPES).weights[1])), "nothing was trained"
+
+
+def test_marks_outlive_sharding(alone):
+    """As accelerate has it: the optimizer is attached before `fully_shard` makes new Parameters, without marks."""
+    bag = Bag(torch.bfloat16, SHAPES)
+    optimizer = AdamW(bag.parameters(), states=FP8_LM_O3_STATES)
+    mark_gemm_weights(bag, list(bag.parameters())[:2])
+    optimizer.note_embeddings()
+    fully_shard(bag)
+    optimizer.param_groups[0]["params"] = list(bag.parameters())
+    take_steps(bag, optimizer, range(1))
+    assert optimizer.param_groups[0]["overrides"] == [*["fp8-lm-o3"] * 2, *["fp8-lm"] * (len(SHAPES) - 2)]
+
+
+def saved(folder: str, rule: str) -> None:
+    bag = sharded(torch.bfloat16, SHAPES)
+    mark_gemm_weights(bag, bag.parameters())
+    optimizer = AdamW(bag.parameters(), states=RULES[rule], lr=1e-3)
+    take_steps(bag, optimizer, range(2))
+    model, state = get_state_dict(bag, optimizer)
+    dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
+
+
+def resumed(folder: str, rule: str) -> dict[str, torch.Tensor]:
+    bag = sharded(torch.bfloat16, SHAPES)
+    mark_gemm_weights(bag, bag.parameters())
+    optimizer = AdamW(bag.parameters(), states=RULES[rule], lr=1e-3)
+    model, state = get_state_dict(bag, optimizer)
+    loaded = {"model": model, "optimizer": state}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(bag, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    take_steps(bag, optimizer, range(2, 4))
+    return everything(bag, optimizer)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_resharding(pair: Pair, alone: None, tmp_path: Path, rule: str) -> None:
+    pair(saved, str(tmp_path / "two"), rule)
+    one = resumed(str(tmp_path / "two"), rule)
+    first, _ = pair(resumed, str(tmp_path / "two"), rule)
+    assert not differing(one, first)
