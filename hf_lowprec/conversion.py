@@ -20,7 +20,7 @@ from hf_lowprec import fusion, optim, stepping
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.linear import LowPrecMixin, original_class, set_class
 from hf_lowprec.presets import get_recipe
-from hf_lowprec.recipe import Accumulation, Recipe
+from hf_lowprec.recipe import Recipe
 from hf_lowprec.report import ConversionReport
 from hf_lowprec.selection import Choice, break_even, matches, select, weight_of
 from hf_lowprec.session import Session, live_sessions, session_of
@@ -301,12 +301,6 @@ def _check_min_numel(min_numel: object) -> None:
 
 def _refuse_what_nothing_reads(recipe: Recipe) -> None:
     """Raises ConversionError where a recipe asks for something that would silently not happen."""
-    for name in ("fprop", "dgrad", "wgrad"):
-        accumulation = getattr(recipe, name).accumulation
-        if accumulation != Accumulation(fast=accumulation.fast):
-            raise ConversionError(
-                f"recipe {recipe.name!r}: {name}.accumulation: low-precision accumulation is planned, not here yet"
-            )
     if recipe.loss_scale.method == "static" or (recipe.loss_scale.method == "dynamic") != (recipe.base == "fp16"):
         raise ConversionError(
             f"recipe {recipe.name!r}: loss_scale: torch's GradScaler scales, dynamically and under base fp16 only"
@@ -346,6 +340,8 @@ def native_problem(recipe: Recipe, device: torch.device) -> str | None:
 def native_nowhere(recipe: Recipe) -> str | None:
     """What keeps `recipe` from any GPU's tensor cores, or None. Such a recipe is emulated, and the summary says so."""
     for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad):
+        if gemm.accumulation.format is not None:
+            return f"recipe {recipe.name!r} adds in {gemm.accumulation.format}, native nowhere yet"
         for quant in (gemm.input, gemm.weight, gemm.grad_output):
             if quant is None:
                 continue

@@ -195,6 +195,8 @@ def one_line(recipe: Recipe) -> str:
         backward = _formats(recipe.dgrad.grad_output, recipe.wgrad.grad_output)
         parts.append(f"{forward or _base(recipe)} forward, {backward or _base(recipe)} gradients")
         parts.append(_methods(recipe))
+        sums = dict.fromkeys(getattr(recipe, gemm).accumulation for gemm in GEMMS)
+        parts += [f"sums in {accumulation_words(a)}" for a in sums if a.format is not None]
     else:
         parts.append(f"GEMMs in {_base(recipe)}")
     states = recipe.states
@@ -244,6 +246,8 @@ def needs(recipe: Recipe) -> str:
     used = [quant for quant in quants if quant is not None]
     if not used:
         return "any"
+    if any(getattr(recipe, gemm).accumulation.format is not None for gemm in GEMMS):
+        return "nowhere yet"
     native = all(q.format in _TENSOR_CORE_FORMATS and q.scaling.granularity == "tensor" for q in used)
     return "sm_89 or newer" if native else "nowhere yet"
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_lowprec import numerics
 from hf_lowprec.formats import get_format
 from hf_lowprec.modules.linear import LowPrecMixin
 from hf_lowprec.presets import PRESETS
@@ -105,7 +107,7 @@ def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 @dataclass
 class ReferenceLinear:
-    """Forward and both gradients of one layer, step after step, for recipes whose slots scale per tensor.
+    """Forward and both gradients of one layer, step after step; blocks and rows lie along the axis of the sum.
 
     Delayed scaling as TransformerEngine does it: the first use scales by the tensor itself; at the end of a step the
     amax of the step enters the history, and the largest of it gives the next scale.
@@ -115,14 +117,18 @@ class ReferenceLinear:
     scale: dict[str, Tensor] = field(default_factory=dict)
     history: dict[str, list[float]] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
 
     def quantised(self, role: str, quant: Quant | None, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values of Q(x) in float32."""
+        """Values of Q(x) in float32, for a product that sums over the last axis of x."""
         if quant is None:
             return x.to(dtype).float()
         scaling = quant.scaling
+        if scaling.granularity in ("block", "row"):
+            run = scaling.block[0] if scaling.block else x.shape[-1]
+            return torch.cat([self._group(part, quant) for part in x.float().split(run, -1)], -1)
         amax = x.float().abs().max() if x.numel() else torch.zeros(())
-        if scaling.method == "static":
+        if scaling.method in ("none", "static"):
             scale = torch.tensor(2.0**scaling.exponent)
         elif scaling.method == "delayed" and role in self.scale:
             scale = self.scale[role]
@@ -131,8 +137,31 @@ class ReferenceLinear:
         if scaling.method == "delayed":
             self.seen[role] = max(self.seen.get(role, 0.0), float(amax))
         fmt = get_format(quant.format)
+        if fmt.torch_dtype_name is None:
+            return self._nearest(x.float() / scale, quant) * scale
         codes = (x.float() * (1.0 / scale)).clamp(-fmt.max, fmt.max).to(getattr(torch, fmt.torch_dtype_name))
         return codes.float() * scale
+
+    def _group(self, x: Tensor, quant: Quant) -> Tensor:
+        """Q of rows that each have one scale, by its own amax."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = torch.tensor([float(self.scale_of(float(row.abs().max()), quant)) for row in rows])
+        scale = scale.view(*x.shape[:-1], 1)
+        return self._nearest(x / scale, quant) * scale
+
+    @staticmethod
+    def _nearest(x: Tensor, quant: Quant) -> Tensor:
+        """The nearest value in the table of the format's, ties to the even code or away from zero."""
+        fmt = get_format(quant.format)
+        codes = range(fmt.max_code + 1)
+        values = torch.tensor([fmt.decode(code) for code in codes], dtype=torch.float64)
+        size = x.double().abs().clamp(max=fmt.max).contiguous()
+        above = torch.bucketize(size, values).clamp(min=1)
+        below = above - 1
+        up, down = values[above] - size, size - values[below]
+        ties = above % 2 == 0 if quant.rounding.mode == "nearest" else torch.ones_like(above, dtype=torch.bool)
+        code = torch.where((up < down) | ((up == down) & ties), above, below)
+        return values[code].float().copysign(x)
 
     @staticmethod
     def scale_of(amax: float, quant: Quant) -> Tensor:
@@ -141,6 +170,8 @@ class ReferenceLinear:
         largest = get_format(quant.format).max
         if quant.scaling.snap == "exact":
             return torch.tensor(amax) / torch.tensor(largest)
+        if quant.scaling.snap == "ocp":
+            return torch.tensor(2.0 ** (math.floor(math.log2(amax)) - math.floor(math.log2(largest))))
         exponent = -140
         while largest * 2.0**exponent < amax:  # the least power of two that keeps amax within the format
             exponent += 1
@@ -153,16 +184,25 @@ class ReferenceLinear:
         r = self.recipe
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         q_input = self.quantised("input", r.fprop.input, rows, dtype)
-        out = q_input @ self.quantised("weight", r.fprop.weight, weight, dtype).t()
+        out = self.product(0, q_input, self.quantised("weight", r.fprop.weight, weight, dtype))
         if bias is not None:
             out = out + bias.float()
         gd = self.quantised("grad_output", r.dgrad.grad_output, g, dtype)
-        grad_input = gd @ self.quantised("weight", r.dgrad.weight, weight, dtype)
-        gw = self.quantised("grad_output", r.wgrad.grad_output, g, dtype)
-        grad_weight = gw.t() @ self.quantised("input", r.wgrad.input, rows, dtype)
+        grad_input = self.product(1, gd, self.quantised("weight", r.dgrad.weight, weight.t(), dtype))
+        gw = self.quantised("grad_output", r.wgrad.grad_output, g.t(), dtype)
+        grad_weight = self.product(2, gw, self.quantised("input", r.wgrad.input, rows.t(), dtype))
         return out.reshape(*x.shape[:-1], len(weight)), grad_input.reshape(x.shape), grad_weight, g.float().sum(0)
 
+    def product(self, number: int, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b.T of GEMM `number`, summed as the recipe says; narrow sums on values, without factoring out scales,
+        which is the same where those are powers of two that change no rounding: here they are 1."""
+        how = (self.recipe.fprop, self.recipe.dgrad, self.recipe.wgrad)[number].accumulation
+        if how.format is None:
+            return a @ b.t()
+        return numerics.accumulate(a, b, how, seed=(1 << 62) + (number << 32) + self.steps)
+
     def end_step(self) -> None:
+        self.steps += 1
         policies = {"input": self.recipe.fprop.input, "weight": self.recipe.fprop.weight,
                     "grad_output": self.recipe.dgrad.grad_output}  # fmt: skip
         for role, amax in self.seen.items():

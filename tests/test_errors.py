@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import hf_lowprec
 from hf_lowprec.conversion import ConversionError, NothingConvertedError, native_problem, session_of
+from hf_lowprec.describe import needs
 from hf_lowprec.modules import LowPrecLinear
 from hf_lowprec.monitor import statistics
 from hf_lowprec.ops import quant_key
@@ -125,7 +126,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return set_capability
 
 
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", [name for name in QUANTISING if needs(PRESETS[name]) == "sm_89 or newer"])
 def test_gpu_without_fp8(name: str, gpu: Callable[[int, int], None]) -> None:
     gpu(8, 0)
     model = OnGpu(nn.Linear(32, 32))
@@ -417,7 +418,8 @@ def test_all_zero_tensors(name: str, zero: str) -> None:
         assert bool((result["weight"] == 0).all()) is (zero != "weight")
         optimizer.step()
     assert all(bool(v.isfinite().all()) for v in scale_state(model).values())
-    if zero == "everything":  # a layer whose first tensors were zero has learnt nothing from them
+    stochastic = PRESETS[name].fprop.accumulation.rounding.mode == "stochastic"  # words change with the step
+    if zero == "everything" and not stochastic:  # a layer whose first tensors were zero has learnt nothing from them
         fresh, x, grad = one_layer(name), 1e3 * batch(6, 32, seed=3), 1e-5 * batch(6, 16, seed=4)
         model.load_state_dict(fresh.state_dict())
         assert_same_state(run(model, x, grad), run(fresh, x, grad))
@@ -426,7 +428,6 @@ def test_all_zero_tensors(name: str, zero: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fprop": {"accumulation": {"format": "e6m9", "chunk": 64}}}, "fprop.accumulation: .* planned"),
         ({"loss_scale": {"method": "static", "init": 1000.0}}, "loss_scale: torch's GradScaler"),
     ],
 )

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_lowprec
 from hf_lowprec.conversion import session_of
+from hf_lowprec.ops.quantize import storage_dtype
 from hf_lowprec.presets import PRESETS
 from hf_lowprec.recipe import Gemm, Quant, Recipe, Rounding, Scaling
 
@@ -150,7 +151,10 @@ def test_conv1d_is_linear_with_a_transposed_weight(name: str) -> None:
     x, grad = batch(2, 9, 32), batch(2, 9, 48, seed=1)
     a, b = run(linear, x, grad), run(model[0], x, grad)
     assert same_bits(a[0], b[0]) and same_bits(a[1], b[1])
-    assert same_bits(linear.weight.grad.t(), model[0].weight.grad) and same_bits(linear.bias.grad, model[0].bias.grad)
+    assert same_bits(linear.bias.grad, model[0].bias.grad)
+    # The gradient comes in the weight's own layout, and random words go by the place in it.
+    if PRESETS[name].wgrad.accumulation.rounding.mode != "stochastic":
+        assert same_bits(linear.weight.grad.t(), model[0].weight.grad)
 
 
 # --- what is kept for backward --------------------------------------------------------------------------------------
@@ -171,16 +175,20 @@ def saved_by(model: nn.Module, *args: Any, autocast: bool = True, **kwargs: Any)
 
 @pytest.mark.parametrize("name", QUANTISING)
 @pytest.mark.parametrize("autocast", [True, False])
-def test_saved_activations_are_fp8(name: str, autocast: bool) -> None:
+def test_saved_activations_are_quantised(name: str, autocast: bool) -> None:
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16))
     hf_lowprec.convert(model, name)
+    quant = PRESETS[name].wgrad.input
     weights = {p.data_ptr() for p in model.parameters()}
     for tokens, padded in ((16, 16), (18, 32)):  # wgrad sums over tokens: saved as its GEMM reads them
         saved = [t for t in saved_by(model, batch(2, tokens // 2, 32), autocast=autocast) if t.numel() > 1]
-        assert sorted((t.dtype, tuple(t.shape)) for t in saved if t.data_ptr() not in weights) == [
-            (torch.float8_e4m3fn, (32, padded)),
-            (torch.float8_e4m3fn, (48, padded)),
-        ]
+        assert len({storage_dtype(quant.format).itemsize, 1}) == 1, "a byte an element"
+        one_scale = quant.scaling.granularity == "tensor"
+        wanted = [(storage_dtype(quant.format), (width, padded if one_scale else tokens)) for width in (32, 48)]
+        if not one_scale:
+            wanted += [(torch.float8_e8m0fnu, (width, 1)) for width in (32, 48)]
+        found = [(t.dtype, tuple(t.shape)) for t in saved if t.data_ptr() not in weights]
+        assert sorted(found, key=str) == sorted(wanted, key=str)
 
 
 def test_saved_tensors_of_a_whole_model() -> None:
