@@ -224,6 +224,8 @@ def one_line(recipe: Recipe) -> str:
         backward = _formats(recipe.dgrad.grad_output, recipe.wgrad.grad_output)
         parts.append(f"{forward or _base(recipe)} forward, {backward or _base(recipe)} gradients")
         parts.append(_methods(recipe))
+        sums = dict.fromkeys(getattr(recipe, gemm).accumulation for gemm in GEMMS)
+        parts += [f"sums in {accumulation_words(a)}" for a in sums if a.format is not None]
     else:
         parts.append(f"GEMMs in {_base(recipe)}")
     states = recipe.states
@@ -288,7 +290,7 @@ def recipe_since(recipe: Recipe) -> tuple[int, int] | None:
     for gemm, (_, slots) in GEMMS.items():
         quants = [q for q in (getattr(getattr(recipe, gemm), slot) for slot in slots) if q is not None]
         found = [native_since(quant) for quant in quants]
-        if None in found or len(set(found)) > 1:
+        if getattr(recipe, gemm).accumulation.format is not None or None in found or len(set(found)) > 1:
             return None
         since = max([since, *(f for f in found if f is not None)])
     return since

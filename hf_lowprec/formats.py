@@ -24,7 +24,7 @@ import math
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from hf_lowprec.codebooks import dynamic_tree, linear_unsigned, nf4
 
@@ -54,10 +54,13 @@ class Format:
     subnormal: Subnormal = "gradual"
     signed: bool = True
     name: str | None = field(default=None, compare=False)
+    widest: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
-        if self.exp < 0 or self.man < 0 or not 1 <= self.exp + self.man or self.bits > 16:
-            raise ValueError(f"e{self.exp}m{self.man}: a format has 1 to 16 bits, none of its fields negative")
+        if self.exp < 0 or self.man < 0 or not 1 <= self.exp + self.man or self.bits > self.widest:
+            raise ValueError(
+                f"e{self.exp}m{self.man}: a format has 1 to {self.widest} bits, none of its fields negative"
+            )
         if self.specials not in ("ieee", "fn", "fnuz", "none"):
             raise ValueError(f"specials: 'ieee', 'fn', 'fnuz' or 'none', got {self.specials!r}")
         if self.subnormal not in ("gradual", "flush", "normal0"):
@@ -253,6 +256,15 @@ class Format:
 
 
 @dataclass(frozen=True)
+class SumFormat(Format):
+    """A format in which numbers are added, not stored: up to 31 bits, less than float32."""
+
+    widest: ClassVar[int] = 31
+
+    __str__ = Format.__str__
+
+
+@dataclass(frozen=True)
 class Codebook:
     """A format whose code is an index into `values` (ascending): anything that is not sign, exponent, mantissa.
 
@@ -408,3 +420,38 @@ def get_format(name: str | Format | Codebook) -> Format | Codebook:
     near = difflib.get_close_matches(key, [*FORMATS, *_ALIASES], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(FORMATS)}, or e<exp>m<man>"
     raise ValueError(f"unknown format {name!r}; {hint}")
+
+
+# The partial sums of Hopper's FP8 tensor cores, which keep about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+_SUM_ALIASES = {"tc14": "e8m13ieee"}
+
+
+def get_sum_format(name: str | Format) -> Format:
+    """The format of a GEMM's sums: `get_format`, up to 31 bits, and `"tc14"`.
+
+    Raises ValueError: as `get_format`; or its sums cannot be rounded in float32: it is unsigned, a codebook, without
+    mantissa, not within float32's normal range, or `normal0`.
+    """
+    if isinstance(name, str):
+        key = _SUM_ALIASES.get(name.lower(), name.lower())
+        match = _GRAMMAR.fullmatch(key) if key not in _ALIASES and key not in FORMATS else None
+        if match and int(match["exp"]) + int(match["man"]) > 15:
+            bias = None if match["bias"] is None else int(match["bias"])
+            part: dict[str, Any] = {
+                "specials": match["specials"] or "none",
+                "subnormal": match["subnormal"] or "gradual",
+            }
+            fmt: Format | Codebook = SumFormat(
+                int(match["exp"]), int(match["man"]), bias, **part, signed=match["unsigned"] is None
+            )
+        else:
+            fmt = get_format(key)
+    else:
+        fmt = name
+    if not isinstance(fmt, Format) or not fmt.signed or not 1 <= fmt.man <= 22 or fmt.subnormal == "normal0":
+        raise ValueError(f"sums in {fmt}: needs a sign, 1 to 22 mantissa bits, subnormals gradual or flush")
+    if fmt.emin < -126 or fmt.emax > 127:
+        raise ValueError(
+            f"sums in {fmt}: its values are not normal float32 numbers; say 'ieee', or fewer exponent bits"
+        )
+    return fmt

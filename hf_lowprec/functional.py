@@ -79,6 +79,7 @@ class LinearSpec(NamedTuple):
 
     shared_*: one quantised copy serves both GEMMs that read the operand, though they reduce along different axes: the
         policies are equal and one scale covers the tensor.
+    accumulation: of fprop, dgrad and wgrad: an `ops.accumulation_key`, empty for float32 sums.
     """
 
     fprop_input: str | None
@@ -93,6 +94,7 @@ class LinearSpec(NamedTuple):
     fast: tuple[bool, bool, bool]
     weight_is_kn: bool
     emulate: bool
+    accumulation: tuple[str, str, str] = ("", "", "")
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, *, weight_is_kn: bool = False, emulate: bool = False) -> LinearSpec:
@@ -117,6 +119,9 @@ class LinearSpec(NamedTuple):
             fast=(recipe.fprop.accumulation.fast, recipe.dgrad.accumulation.fast, recipe.wgrad.accumulation.fast),
             weight_is_kn=weight_is_kn,
             emulate=emulate,
+            accumulation=tuple(  # type: ignore[arg-type]
+                ops.accumulation_key(gemm.accumulation) for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad)
+            ),
         )
 
 
@@ -132,9 +137,11 @@ class _Call(NamedTuple):
     ready: tuple[bool, bool, bool]
     quantized: Quantized | None
     weight: Quantized | None
+    sum_seeds: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 _NOT_READY = (False, False, False)
+_NO_SEEDS = (None, None, None)
 
 
 def linear(
@@ -149,6 +156,7 @@ def linear(
     ready: tuple[bool, bool, bool] = _NOT_READY,
     quantized: Quantized | None = None,
     quantized_weight: Quantized | None = None,
+    sum_seeds: tuple[Tensor | None, Tensor | None, Tensor | None] = _NO_SEEDS,
 ) -> Tensor:
     """`F.linear` in low precision.
 
@@ -159,6 +167,7 @@ def linear(
         ready: of each state, whether the host knows that the delayed scale is not 0 (`ops.quantize`).
         quantized: Q(input) as [rows, K]; needs `spec.shared_input` if the weight trains. The input is not read then.
         quantized_weight: Q(weight) in the weight's own layout, from an earlier call; needs `spec.shared_weight`.
+        sum_seeds: of fprop, dgrad and wgrad, 0-dim int64, where their sums round stochastically.
 
     Returns: [..., N] in the autocast dtype, or in the input's dtype without autocast.
 
@@ -176,7 +185,7 @@ def linear(
         dtype = input.dtype
     call = _Call(
         spec, dtype, torch.is_grad_enabled(), input_state, weight_state, grad_state, ready, quantized,
-        quantized_weight,
+        quantized_weight, sum_seeds,
     )  # fmt: skip
     out: Tensor = _Linear.apply(input, weight, bias, call)
     return out
@@ -226,6 +235,7 @@ class _Linear(torch.autograd.Function):
             out = ops.scaled_mm(
                 x.rows, x.scale, spec.fprop_input, w_nk, w_scale, spec.fprop_weight, bias,
                 dtype=dtype, fast=spec.fast[0], emulate=spec.emulate,
+                accumulation=spec.accumulation[0], seed=call.sum_seeds[0],
             )  # fmt: skip
 
         saved_x = saved_x_scale = None
@@ -280,6 +290,7 @@ class _Linear(torch.autograd.Function):
                 grad_input = ops.scaled_mm(
                     g_mn, g_scale, spec.dgrad_grad_output, w_kn, w_kn_scale, spec.dgrad_weight,
                     dtype=ctx.input_dtype, fast=spec.fast[1], emulate=spec.emulate,
+                    accumulation=spec.accumulation[1], seed=call.sum_seeds[1],
                 )  # fmt: skip
             grad_input = grad_input.reshape(ctx.input_shape)
 
@@ -298,7 +309,10 @@ class _Linear(torch.autograd.Function):
                 b: tuple[Tensor, Tensor, str] = (saved_x, x_scale, spec.wgrad_input)
                 if spec.weight_is_kn:  # the gradient comes in the weight's own layout
                     a, b = b, a
-                grad_weight = ops.scaled_mm(*a, *b, dtype=ctx.weight_dtype, fast=spec.fast[2], emulate=spec.emulate)
+                grad_weight = ops.scaled_mm(
+                    *a, *b, dtype=ctx.weight_dtype, fast=spec.fast[2], emulate=spec.emulate,
+                    accumulation=spec.accumulation[2], seed=call.sum_seeds[2],
+                )  # fmt: skip
 
         if needs_bias:
             grad_bias = grads.sum(0, dtype=torch.float32).to(ctx.bias_dtype)

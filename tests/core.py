@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lowprec import numerics
 from hf_lowprec.formats import get_format
 from hf_lowprec.modules.linear import LowPrecMixin
 from hf_lowprec.presets import PRESETS
@@ -116,6 +117,7 @@ class ReferenceLinear:
     scale: dict[str, Tensor] = field(default_factory=dict)
     history: dict[str, list[float]] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
 
     def quantised(self, role: str, quant: Quant | None, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Values of Q(x) in float32, for a product that sums over the last axis of x."""
@@ -128,7 +130,7 @@ class ReferenceLinear:
             run = scaling.block[0] if scaling.block else x.shape[-1]
             return torch.cat([self._group(part, quant) for part in x.float().split(run, -1)], -1)
         amax = x.float().abs().max() if x.numel() else torch.zeros(())
-        if scaling.method == "static":
+        if scaling.method in ("none", "static"):
             scale = torch.tensor(2.0**scaling.exponent)
         elif scaling.method == "delayed" and role in self.scale:
             scale = self.scale[role]
@@ -184,16 +186,25 @@ class ReferenceLinear:
         r = self.recipe
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         q_input = self.quantised("input", r.fprop.input, rows, dtype)
-        out = q_input @ self.quantised("weight", r.fprop.weight, weight, dtype).t()
+        out = self.product(0, q_input, self.quantised("weight", r.fprop.weight, weight, dtype))
         if bias is not None:
             out = out + bias.float()
         gd = self.quantised("grad_output", r.dgrad.grad_output, g, dtype)
-        grad_input = gd @ self.quantised("weight", r.dgrad.weight, weight.t(), dtype).t()
+        grad_input = self.product(1, gd, self.quantised("weight", r.dgrad.weight, weight.t(), dtype))
         gw = self.quantised("grad_output", r.wgrad.grad_output, g.t(), dtype)
-        grad_weight = gw @ self.quantised("input", r.wgrad.input, rows.t(), dtype).t()
+        grad_weight = self.product(2, gw, self.quantised("input", r.wgrad.input, rows.t(), dtype))
         return out.reshape(*x.shape[:-1], len(weight)), grad_input.reshape(x.shape), grad_weight, g.float().sum(0)
 
+    def product(self, number: int, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b.T of GEMM `number`, summed as the recipe says; narrow sums on values, without factoring out scales,
+        which is the same where those are powers of two that change no rounding: here they are 1."""
+        how = (self.recipe.fprop, self.recipe.dgrad, self.recipe.wgrad)[number].accumulation
+        if how.format is None:
+            return a @ b.t()
+        return numerics.accumulate(a, b, how, seed=(1 << 62) + (number << 32) + self.steps)
+
     def end_step(self) -> None:
+        self.steps += 1
         policies = {"input": self.recipe.fprop.input, "weight": self.recipe.fprop.weight,
                     "grad_output": self.recipe.dgrad.grad_output}  # fmt: skip
         for role, amax in self.seen.items():

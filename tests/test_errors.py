@@ -452,7 +452,8 @@ def test_all_zero_tensors(name: str, zero: str) -> None:
         assert bool((result["weight"] == 0).all()) is (zero != "weight")
         optimizer.step()
     assert all(bool(v.isfinite().all()) for v in scale_state(model).values())
-    if zero == "everything":  # a layer whose first tensors were zero has learnt nothing from them
+    stochastic = PRESETS[name].fprop.accumulation.rounding.mode == "stochastic"  # words change with the step
+    if zero == "everything" and not stochastic:  # a layer whose first tensors were zero has learnt nothing from them
         fresh, x, grad = one_layer(name), 1e3 * batch(6, 32, seed=3), 1e-5 * batch(6, 16, seed=4)
         model.load_state_dict(fresh.state_dict())
         assert_same_state(run(model, x, grad), run(fresh, x, grad))
@@ -461,7 +462,6 @@ def test_all_zero_tensors(name: str, zero: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fprop": {"accumulation": {"format": "e6m9", "chunk": 64}}}, "fprop.accumulation: .* planned"),
         ({"base": "fp16"}, "loss_scale: gradients in float16 need one"),
     ],
 )

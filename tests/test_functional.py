@@ -151,7 +151,10 @@ def test_conv1d_is_linear_with_a_transposed_weight(name: str) -> None:
     x, grad = batch(2, 9, 32), batch(2, 9, 48, seed=1)
     a, b = run(linear, x, grad), run(model[0], x, grad)
     assert same_bits(a[0], b[0]) and same_bits(a[1], b[1])
-    assert same_bits(linear.weight.grad.t(), model[0].weight.grad) and same_bits(linear.bias.grad, model[0].bias.grad)
+    assert same_bits(linear.bias.grad, model[0].bias.grad)
+    # The gradient comes in the weight's own layout, and random words go by the place in it.
+    if PRESETS[name].wgrad.accumulation.rounding.mode != "stochastic":
+        assert same_bits(linear.weight.grad.t(), model[0].weight.grad)
 
 
 # --- what is kept for backward --------------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ MINE: dict[str, Any] = {
     "fprop": {
         "input": {"format": "e3m2", "scaling": BLOCK, "rounding": {"mode": "stochastic", "bits": 8}},
         "weight": {"format": "float8_e4m3fn", "overflow": "nan"},
+    },
+    "dgrad": {
+        "grad_output": {"format": "e5m2", "scaling": {"method": "none"}},
+        "weight": {"format": "e5m2", "scaling": {"granularity": "row"}},
         "accumulation": {"format": "e6m5", "chunk": 64, "outer": "e6m9"},
     },
     "states": {"exp_avg": {"format": "e4m3fn"}, "update": {"mode": "stochastic"}},
@@ -119,9 +123,9 @@ def test_a_recipe_of_ones_own() -> None:
     recipe = get_recipe(MINE)
     assert recipe.fprop.input.scaling.block == (32,) and recipe.modules_to_not_convert == ("down_proj",)
     assert recipe.fprop.weight.format == "e4m3fn", "formats are kept by their canonical name"
-    assert not recipe.dgrad.quantised and recipe.quantises_gemms
+    assert not recipe.wgrad.quantised and recipe.quantises_gemms
     assert Recipe.from_yaml(yaml.safe_dump(MINE)) == recipe == Recipe.from_dict(recipe.to_dict())
-    assert get_format(recipe.fprop.accumulation.format).man == 5
+    assert get_format(recipe.dgrad.accumulation.format).man == 5
 
 
 def test_states_of_ones_own() -> None:
@@ -170,7 +174,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         r"fprop\.input\.scaling\.blocks: no",
     ),
     "unknown format": (changed("fprop", "input", "format", to="e4m3fnx"), r"fprop\.input\.format: .*e4m3fn"),
-    "unknown accumulator": (changed("fprop", "accumulation", "format", to="e99"), r"fprop\.accumulation\.format: "),
+    "unknown accumulator": (changed("dgrad", "accumulation", "format", to="e99"), r"dgrad\.accumulation\.format: "),
     "unknown rounding": (changed("fprop", "input", "rounding", "mode", to="up"), r"fprop\.input\.rounding\.mode: "),
     "unknown base": (changed("base", to="fp8"), r"base: .*'bf16'"),
     "unknown transform": (changed("transform", to="hadamard"), r"transform: "),
@@ -191,6 +195,34 @@ WRONG: dict[str, tuple[Any, str]] = {
     "history of current": (changed("fprop", "weight", "scaling", to={"history": 4}), r"history, algorithm: only for"),
     "exponent of current": (changed("fprop", "weight", "scaling", to={"exponent": 4}), r"exponent: only for method"),
     "e8m0 of exact": (changed("fprop", "weight", "scaling", to={"store": "e8m0"}), r"store: e8m0 holds powers of two"),
+    "sums in a codebook": (
+        changed("dgrad", "accumulation", "format", to="nf4"),
+        r"dgrad\.accumulation\.format: .*nf4",
+    ),
+    "chunks of float32": (changed("dgrad", "accumulation", to={"chunk": 64}), r"dgrad\.accumulation: rounding, chunk"),
+    "outer without chunks": (changed("dgrad", "accumulation", "chunk", to=None), r"dgrad\.accumulation: outer: adds"),
+    "chunk of zero": (changed("dgrad", "accumulation", "chunk", to=0), r"dgrad\.accumulation: chunk: at least 1"),
+    "fast narrow sums": (changed("dgrad", "accumulation", "fast", to=True), r"dgrad\.accumulation: fast: "),
+    "too many random bits": (
+        changed("dgrad", "accumulation", "rounding", to={"mode": "stochastic", "bits": 17}),
+        r"dgrad\.accumulation: rounding: 17 random bits",
+    ),
+    "narrow sums of blocks": (
+        changed("fprop", "accumulation", to={"format": "e6m9"}),
+        r"fprop: accumulation: a scale per block changes",
+    ),
+    "narrow sums of the base precision": (
+        {"name": "x", "fprop": {"accumulation": {"format": "e6m9"}}},
+        r"fprop: accumulation: products of the base precision .*format: e5m10",
+    ),
+    "narrow sums of inexact products": (
+        changed("dgrad", "weight", "format", to="e8m7"),
+        r"dgrad: accumulation: products of e8m7 and e5m2 are",
+    ),
+    "narrow sums of a codebook": (
+        changed("dgrad", "weight", "format", to="nf4"),
+        r"dgrad: accumulation: the products of a codebook",
+    ),
     "one operand": (changed("dgrad", to={"weight": QUANT}), r"dgrad: quantise both operands or neither"),
     "foreign operand": (changed("wgrad", to={"weight": QUANT}), r"wgrad\.weight: wgrad does not read weight"),
     "8-bit second moment": (changed("states", "exp_avg_sq", to=QUANT), r"states: exp_avg_sq: 8 bits "),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hf_lowprec::quantize and ::cast_transpose on CUDA: fused kernels for per-tensor FP8 and FP16, plain torch on the
-GPU for the rest."""
+"""hf_lowprec::quantize and ::cast_transpose on CUDA: fused kernels for per-tensor FP8 and FP16 (`triton.cast`), one
+family for every other format, rounding and granularity (`triton.any_cast`), plain torch for the rest: codebooks,
+overflow other than saturation, tiles."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_lowprec.formats import get_format
+from hf_lowprec.kernels.triton import any_cast
 from hf_lowprec.kernels.triton.cast import CURRENT, DELAYED, GIVEN, CastPlan, FormatConstants, cast
 from hf_lowprec.kernels.triton.cast import current_scale as triton_current_scale
 from hf_lowprec.kernels.triton.cast_transpose import cast_transpose as triton_cast_transpose
@@ -29,6 +31,11 @@ from hf_lowprec.ops.quantize import (
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 _CONSTANT = ("none", "static")
 _NUMBERS = count()
+
+
+@cache
+def _any_plan(quant: str) -> any_cast.AnyPlan | None:
+    return any_cast.plan_of(parse_quant(quant))
 
 
 @cache
@@ -90,7 +97,12 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     plan = _plan(quant)
     if plan is None or input.dtype not in _INPUTS or not input.numel():
-        return default_quantize(input, quant, scale, fixed, amax, counts, seed, ready, partials)
+        general = _any_plan(quant)
+        if general is None or not any_cast.takes(input, general, fixed, seed):
+            return default_quantize(input, quant, scale, fixed, amax, counts, seed, ready, partials)
+        return any_cast.quantize(
+            input, general, scale, fixed=fixed, amax=amax, seed=seed, partials=partials, counts=counts
+        )
     method, given, amax = _how(plan, input, scale, fixed, amax)
     return cast(
         input.contiguous(), plan, method, given, ready=ready, partials=partials, amax=amax, counts=counts
@@ -114,7 +126,16 @@ def cast_transpose(
     plan = _plan(quant)
     n = input.numel()
     if plan is None or plan.dtype.itemsize != 1 or input.dtype not in _INPUTS or not n:
-        return default_cast_transpose(input, quant, scale, fixed, amax, counts, seed, ready, partials, rows, columns)
+        general = _any_plan(quant)
+        if plan is not None or general is None or not any_cast.takes(input, general, fixed, seed):
+            return default_cast_transpose(
+                input, quant, scale, fixed, amax, counts, seed, ready, partials, rows, columns
+            )  # fmt: skip
+        qdata, used = any_cast.quantize(
+            input.reshape(-1, input.shape[-1]), general, scale,
+            fixed=fixed, amax=amax, seed=seed, partials=partials, counts=counts,
+        )  # fmt: skip
+        return qdata if rows else None, transposed(qdata) if columns else None, used
     c = input.shape[-1]
     method, given, amax = _how(plan, input, scale, fixed, amax)
     if not columns:

@@ -4,6 +4,8 @@
 Both operands must be contiguous along the reduction axis ("K-major") and that axis, like the output's last one, must
 be a multiple of 16 long. wgrad reduces over tokens, of which there can be any number: its operands are transposed into
 buffers padded with zeros, which add nothing to the sums.
+
+Sums narrower than float32 have a kernel of their own, of the same bits as the default.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from torch import Tensor
 
 from hf_lowprec.describe import FP8_SINCE, MX_SINCE, native_since
 from hf_lowprec.kernels.microscaling import mx_scaled_mm
+from hf_lowprec.kernels.triton.accumulate import accumulate
+from hf_lowprec.kernels.triton.formats import covered
 from hf_lowprec.kernels.triton.transpose import transpose
 from hf_lowprec.ops.quantize import parse_quant
 from hf_lowprec.ops.registry import count
-from hf_lowprec.ops.scaled_mm import default_scaled_mm
+from hf_lowprec.ops.scaled_mm import default_scaled_mm, finish_sums, parse_accumulation, sums_name
 
 _ALIGNMENT = 16
 _MX = "scaled_mm MX"
@@ -35,7 +39,11 @@ def scaled_mm(
     dtype: torch.dtype,
     fast: bool,
     emulate: bool,
+    accumulation: str = "",
+    seed: Tensor | None = None,
 ) -> Tensor:
+    if accumulation:
+        return _narrow(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, accumulation, seed)
     if emulate:
         return default_scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
     named = _supported(a.device, a_quant, b_quant)
@@ -60,6 +68,29 @@ def scaled_mm(
     )
     count(named)
     return out if bias is None or fused else out.add_(bias)
+
+
+def _narrow(
+    a: Tensor,
+    a_scale: Tensor,
+    a_quant: str,
+    b: Tensor,
+    b_scale: Tensor,
+    b_quant: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    accumulation: str,
+    seed: Tensor | None,
+) -> Tensor:
+    formats = parse_quant(a_quant).format, parse_quant(b_quant).format
+    if covered(formats[0]) is None or covered(formats[1]) is None:
+        return default_scaled_mm(
+            a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, False, True, accumulation, seed
+        )  # fmt: skip
+    k = min(a.shape[1], b.shape[1])  # what one has beyond the other are zeros
+    sums = accumulate(a[:, :k], formats[0], b[:, :k], formats[1], parse_accumulation(accumulation), seed)
+    count(f"triton {formats[0]} x {formats[1]}{sums_name(accumulation)}")
+    return finish_sums(sums, a_scale, b_scale, bias, dtype)
 
 
 def _k_major(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class LowPrecMixin:
             state.to(input.device)
         weight = self.weight
         if torch.compiler.is_compiling():  # what is kept between calls would be a guard or a break
-            return linear(input, weight, self.bias, state.spec, *state.operands)
+            return linear(input, weight, self.bias, state.spec, *state.operands, sum_seeds=state.sum_seeds)
         quantized = None
         if state.shared is not None:
             observe = torch.is_grad_enabled()
@@ -48,6 +48,7 @@ class LowPrecMixin:
             quantized_weight=state.weight_cache.get(
                 weight, state.spec, state.operands[1], ready=state.ready[1], training=self.training
             ),
+            sum_seeds=state.sum_seeds,
         )  # fmt: skip
 
     def train(self, mode: bool = True) -> Any:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from hf_lowprec.modules.sharing import SharedInput
 
 ROLES = ("input", "weight", "grad_output")
+GEMMS = ("fprop", "dgrad", "wgrad")
+
+
+SumSeeds = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def role_quants(recipe: Recipe) -> dict[str, Quant | None]:
@@ -45,6 +49,15 @@ def _operand(quant: Quant | None, other: Quant | None, seed: int) -> OperandStat
         amax=torch.zeros(()) if delayed else None,
         counts=torch.zeros(4, dtype=torch.int64),
         seed=torch.tensor(seed, dtype=torch.int64) if random else None,
+    )
+
+
+def _sum_seeds(recipe: Recipe, index: int) -> SumSeeds:
+    """One stream of random words for each GEMM whose sums round stochastically; `_operand` has those below 2^62."""
+    gemms = (recipe.fprop, recipe.dgrad, recipe.wgrad)
+    return tuple(  # type: ignore[return-value]
+        torch.tensor((1 << 62) + ((3 * index + i) << 32), dtype=torch.int64) if random else None
+        for i, random in enumerate(g.accumulation.rounding.mode == "stochastic" for g in gemms)
     )
 
 
@@ -68,6 +81,8 @@ class LayerState:
     ready: of each operand, whether the host knows that its delayed scale is not 0; then no pass for the amax is needed
         before a cast. Found out without waiting for the device (`ScalingState.roll`).
     shared: the layers that read the same input, and what they or its producer have quantised (`modules.sharing`).
+    sum_seeds: of fprop, dgrad and wgrad, where their sums round stochastically. As the seeds of operands they stay for
+        an optimizer step, so that recomputed activations have the same bits, and micro-batches the same words.
     """
 
     spec: LinearSpec
@@ -76,6 +91,7 @@ class LayerState:
     ready: tuple[bool, bool, bool] = (False, False, False)
     weight_cache: WeightCache = field(default_factory=WeightCache)
     shared: SharedInput | None = None
+    sum_seeds: SumSeeds = (None, None, None)
 
     @classmethod
     def create(cls, recipe: Recipe, index: int, *, weight_is_kn: bool, emulate: bool) -> LayerState:
@@ -84,13 +100,15 @@ class LayerState:
         operands = tuple(_operand(first[r], second[r], seed=(3 * index + i) << 32) for i, r in enumerate(ROLES))
         spec = LinearSpec.from_recipe(recipe, weight_is_kn=weight_is_kn, emulate=emulate)
         cache = WeightCache(recipe.weight_cache)
-        return cls(spec=spec, operands=operands, weight_cache=cache)  # type: ignore[arg-type]
+        seeds = _sum_seeds(recipe, index)
+        return cls(spec=spec, operands=operands, weight_cache=cache, sum_seeds=seeds)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> None:
         self.operands = tuple(  # type: ignore[assignment]
             OperandState(*(None if t is None else t.to(device) for t in operand))  # type: ignore[arg-type]
             for operand in self.operands
         )
+        self.sum_seeds = tuple(None if seed is None else seed.to(device) for seed in self.sum_seeds)  # type: ignore[assignment]
         self.weight_cache.drop()
         if self.shared is not None:
             self.shared.set_operand(self.operands[0])
@@ -151,7 +169,8 @@ class ScalingState:
             layer.weight_cache.close_step()  # from the first step on copies are kept
             if layer.shared is not None:
                 layer.shared.drop()
-            seeds.update({id(o.seed): o.seed for o in layer.operands if o.seed is not None})  # shared ones once
+            every = (*(operand.seed for operand in layer.operands), *layer.sum_seeds)
+            seeds.update({id(seed): seed for seed in every if seed is not None})  # shared ones once
         for seed in seeds.values():
             seed.add_(1)
 
@@ -197,6 +216,9 @@ class ScalingState:
                 if role in self.history:
                     tensors["history"] = self.history[role][i].clone()
                 entry[role] = tensors
+            sums = {f"seed_{gemm}": s.clone() for gemm, s in zip(GEMMS, layer.sum_seeds, strict=True) if s is not None}
+            if sums:
+                entry["sums"] = sums
         return out
 
     def check(self, state: Any) -> None:
@@ -215,7 +237,7 @@ class ScalingState:
                     if not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype:
                         raise ValueError(f"low-precision state {name}.{role}.{key} is missing or of another shape")
                     # Scales, amaxes and counters: whatever is none of these came out of a damaged file.
-                    if key != "seed" and not bool((value.isfinite() & (value >= 0)).all()):
+                    if not key.startswith("seed") and not bool((value.isfinite() & (value >= 0)).all()):
                         raise ValueError(f"low-precision state {name}.{role}.{key} is negative or not finite")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -228,6 +250,9 @@ class ScalingState:
                         target.copy_(tensors[key])
                 if role in self.history:
                     self.history[role][i].copy_(tensors["history"])
+            for gemm, seed in zip(GEMMS, layer.sum_seeds, strict=True):
+                if seed is not None:
+                    seed.copy_(state[name]["sums"][f"seed_{gemm}"])
             layer.ready = (False, False, False)
             layer.weight_cache.drop()
             layer.weight_cache.followed = True  # by the optimizer whose state dict this comes from

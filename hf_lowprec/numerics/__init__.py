@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low precision in plain torch: exact, on every device, and the truth that kernels are tested against."""
 
+from hf_lowprec.numerics.accumulation import accumulate
 from hf_lowprec.numerics.activations import ACTIVATIONS, activation, activation_slope
 from hf_lowprec.numerics.errors import relative_error, saturation_fraction, sqnr, underflow_fraction
 from hf_lowprec.numerics.hashing import counter_hash, seed_keys
@@ -23,6 +24,7 @@ __all__ = [
     "NonFinite",
     "Overflow",
     "ScaledTensor",
+    "accumulate",
     "activation",
     "activation_slope",
     "amax_per_group",

@@ -111,3 +111,42 @@ def counter_hash(
     h *= _M1 - (1 << 32)
     h ^= torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF)
     return h
+
+
+def step_keys(seed: int | Tensor, steps: Tensor) -> Tensor:
+    """int32 of the shape of `steps` (int64): what `stream_words` needs of each step."""
+    k0, _ = _keys(seed)
+    h = ((steps & _LOW) ^ k0).to(torch.int32)
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    return h.mul_(_M0)
+
+
+def stream_keys(seed: int | Tensor, streams: Tensor) -> Tensor:
+    """int32 of the shape of `streams` (int64): what `stream_words` needs of each stream."""
+    _, k1 = _keys(seed)
+    return (_mix(streams & _LOW) ^ k1).to(torch.int32)
+
+
+def stream_words(
+    streams: Tensor, step: Tensor | int, bits: int, buffers: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The low `bits` of `counter_hash(seed, stream << 32 | step)`: many streams, of which each gives a word per step.
+
+    streams: of `stream_keys`. step: of `step_keys`, a number or a tensor that broadcasts against them. buffers: int32
+    of the result's shape; the first is returned.
+    """
+    h, shifted = buffers if buffers is not None else (None, None)
+    h = torch.bitwise_xor(streams, step, out=h)
+    h ^= torch.bitwise_right_shift(h, 15, out=shifted).bitwise_and_(0x1FFFF)
+    h *= _M1 - (1 << 32)
+    shifted = torch.bitwise_right_shift(h, 16, out=shifted)
+    if bits > 16:  # the shift is arithmetic: above 16 bits it has brought copies of the sign
+        shifted &= 0xFFFF
+    h ^= shifted
+    return h.bitwise_and_((1 << bits) - 1) if bits < 32 else h
+
+
+def _keys(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
+    if isinstance(seed, Tensor) and seed.device.type == "cpu" and not torch.compiler.is_compiling():
+        seed = int(seed)
+    return seed_keys(seed) if isinstance(seed, Tensor) else seed_keys(int(seed))

@@ -180,7 +180,7 @@ def rounder(
     """The function that rounds slices of a `dtype` tensor; its result has the carrier's dtype and their shape."""
     carrier = carrier_of(fmt, dtype)
     if isinstance(fmt, Format) and rounding.mode == "nearest" and carrier is F32:
-        if _magic_fits(fmt):
+        if magic_fits(fmt):
             return lambda hp, start, out: _nearest_magic(hp.float(), fmt, overflow, out)
         # Inductor removes a cast to bfloat16 and back, so that compiled code takes the general method.
         eager = not torch.compiler.is_compiling()
@@ -302,7 +302,7 @@ def map_chunks(part: Part, x: Tensor, dtype: torch.dtype, multiple: int = 1) -> 
 # --- nearest, by the FPU --------------------------------------------------------------------------------------------
 
 
-def _magic_fits(fmt: Format) -> bool:
+def magic_fits(fmt: Format) -> bool:
     """Whether C stays finite, and the format is plain enough for `_nearest_magic`."""
     return fmt.man >= 1 and fmt.signed and fmt.subnormal != "normal0" and F32.man - fmt.man + fmt.emax + 1 <= F32.bias
 

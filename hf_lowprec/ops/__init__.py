@@ -6,12 +6,14 @@ Nobody calls kernels by name.
 
 from hf_lowprec.ops.quantize import cast_transpose, current_scale, parse_quant, quant_key, quantize, transposed
 from hf_lowprec.ops.registry import kernel_counts
-from hf_lowprec.ops.scaled_mm import scaled_mm
+from hf_lowprec.ops.scaled_mm import accumulation_key, parse_accumulation, scaled_mm
 
 __all__ = [
+    "accumulation_key",
     "cast_transpose",
     "current_scale",
     "kernel_counts",
+    "parse_accumulation",
     "parse_quant",
     "quant_key",
     "quantize",

@@ -4,21 +4,45 @@
 The default implementation is the truth: operands are decoded, products and sums are float32, the scales multiply the
 sum, one rounding to the output dtype ends it. The CUDA implementation (`kernels/`) is `torch._scaled_mm`, whose
 tensor cores sum in another order and, on Hopper, with fewer bits: tests hold it to a stated tolerance.
+
+Sums narrower than float32 (`numerics.accumulation`) cross the operator boundary as a string, as policies do; the empty
+one stands for float32. Their kernel gives the same bits as the default.
 """
 
 from __future__ import annotations
 
+import json
+from functools import cache
+
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from hf_lowprec import numerics
 from hf_lowprec.ops.quantize import parse_quant
 from hf_lowprec.ops.registry import LIBRARY, count, direct
+from hf_lowprec.recipe import Accumulation
+
+_ACCUMULATION = TypeAdapter(Accumulation)
 
 LIBRARY.define(
     "scaled_mm(Tensor a, Tensor a_scale, str a_quant, Tensor b, Tensor b_scale, str b_quant, Tensor? bias,"
-    " ScalarType dtype, bool fast, bool emulate) -> Tensor"
+    " ScalarType dtype, bool fast, bool emulate, str accumulation='', Tensor? seed=None) -> Tensor"
 )
+
+
+@cache
+def accumulation_key(accumulation: Accumulation) -> str:
+    """The string that stands for `accumulation` in operator calls; empty for float32 sums, fast or not."""
+    if accumulation.format is None:
+        return ""
+    return json.dumps(_ACCUMULATION.dump_python(accumulation, mode="json", exclude_defaults=True), sort_keys=True)
+
+
+@cache
+def parse_accumulation(key: str) -> Accumulation:
+    accumulation: Accumulation = _ACCUMULATION.validate_python(json.loads(key))
+    return accumulation
 
 
 def scaled_mm(
@@ -33,6 +57,8 @@ def scaled_mm(
     dtype: torch.dtype,
     fast: bool = False,
     emulate: bool = False,
+    accumulation: str = "",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """[M, K] x [N, K] -> [M, N]. Operands may have any strides; both reduce along their last axis.
 
@@ -42,13 +68,17 @@ def scaled_mm(
     Args:
         dtype: of the output: float32, bfloat16 or float16.
         fast: let the tensor cores keep partial sums in their own narrow accumulators.
-        emulate: use the default implementation also where a kernel exists.
+        emulate: use the default implementation also where a kernel exists (but not instead of the kernel of narrow
+            sums, which computes the same).
+        accumulation: `accumulation_key(...)`: sums narrower than float32.
+        seed: 0-dim int64, for stochastic rounding of those.
 
     Raises:
         RuntimeError: a GPU without FP8 tensor cores, or a format pair it has no GEMM for, unless `emulate`.
+        ValueError: narrow sums of operands with a scale per block, or stochastic ones without a seed.
     """
     kernel = direct("scaled_mm", a) or torch.ops.hf_lowprec.scaled_mm
-    out: Tensor = kernel(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
+    out: Tensor = kernel(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate, accumulation, seed)
     return out
 
 
@@ -63,11 +93,17 @@ def default_scaled_mm(
     dtype: torch.dtype,
     fast: bool,
     emulate: bool,
+    accumulation: str = "",
+    seed: Tensor | None = None,
 ) -> Tensor:
     qa, qb = parse_quant(a_quant), parse_quant(b_quant)
-    count(f"emulated {qa.format} x {qb.format}")
+    count(f"emulated {qa.format} x {qb.format}{sums_name(accumulation)}")
     k = min(a.shape[1], b.shape[1])
     a, b = a[:, :k], b[:, :k]
+    if accumulation:
+        how = parse_accumulation(accumulation)
+        out = numerics.accumulate(_values(a, qa.format), _values(b, qb.format), how, seed=seed)
+        return finish_sums(out, a_scale, b_scale, bias, dtype)
     # Autocast reaches into operators and would turn the float32 product into a bfloat16 one.
     with torch.autocast(a.device.type, enabled=False):
         if a_scale.numel() == 1 and b_scale.numel() == 1:
@@ -80,6 +116,26 @@ def default_scaled_mm(
         if bias is not None:
             out += bias.float()
         return out.to(dtype)
+
+
+@cache
+def sums_name(accumulation: str) -> str:
+    """` in e6m9`, for counts; empty for float32."""
+    return f" in {parse_accumulation(accumulation).format}" if accumulation else ""
+
+
+def finish_sums(out: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Narrow sums [M, N], float32, overwritten: times the scales, plus the bias, in `dtype`.
+
+    Raises ValueError: a scale that is neither one number nor one per row.
+    """
+    for scale, rows in ((a_scale, out.shape[0]), (b_scale, out.shape[1])):
+        if scale.numel() not in (1, rows):
+            raise ValueError(f"narrow sums need one scale, or one per row, got {tuple(scale.shape)} for {rows} rows")
+    out *= (a_scale.float().reshape(-1, 1) * b_scale.float().reshape(1, -1)).expand(out.shape)
+    if bias is not None:
+        out += bias.float()
+    return out.to(dtype)
 
 
 def _values(qdata: Tensor, format_name: str) -> Tensor:
@@ -102,6 +158,8 @@ def _fake_scaled_mm(
     dtype: torch.dtype,
     fast: bool,
     emulate: bool,
+    accumulation: str = "",
+    seed: Tensor | None = None,
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from hf_lowprec.recipe import NONE, Quant, Recipe, Rounding, RoundOff, States
+from hf_lowprec.recipe import NONE, Accumulation, Gemm, LossScale, Quant, Recipe, Rounding, RoundOff, States
 
 _SR = Rounding(mode="stochastic")
 _FP16 = Quant(format="e6m9", scaling=NONE)
@@ -16,4 +16,39 @@ HFP8_STATES = States(
     master=RoundOff(residual=Quant(format="e6m9", scaling=NONE, rounding=_SR)),
 )
 
-RECIPES: tuple[Recipe, ...] = ()
+_E5M2 = Quant(format="e5m2", scaling=NONE)
+# HFP8's forward format, with ml_dtypes' NaN in place of -0: without one, nothing could say that an element overflowed.
+_E4M3 = Quant(format="e4m3b11fnuz", scaling=NONE)
+_CHUNKED = Accumulation(format="e6m9", chunk=64, outer="e6m9")
+_SR13 = Accumulation(format="e6m5", rounding=Rounding(mode="stochastic", bits=13))
+
+
+def _gemms(forward: Quant, gradient: Quant, sums: Accumulation) -> dict[str, Gemm]:
+    return {
+        "fprop": Gemm(input=forward, weight=forward, accumulation=sums),
+        "dgrad": Gemm(grad_output=gradient, weight=forward, accumulation=sums),
+        "wgrad": Gemm(input=forward, grad_output=gradient, accumulation=sums),
+    }
+
+
+RECIPES = (
+    Recipe(
+        name="hfp8",
+        paper="Hybrid 8-bit Floating Point (HFP8) Training and Inference for Deep Neural Networks, NeurIPS 2019",
+        **_gemms(_E4M3, _E5M2, _CHUNKED),  # type: ignore[arg-type]
+        states=HFP8_STATES,
+        loss_scale=LossScale(method="dynamic"),
+    ),
+    Recipe(
+        name="fp8-chunked",
+        paper="Training Deep Neural Networks with 8-bit Floating Point Numbers, arXiv 1812.08011",
+        **_gemms(_E5M2, _E5M2, _CHUNKED),  # type: ignore[arg-type]
+        states=WANG_STATES,
+        loss_scale=LossScale(method="static", init=1000.0),
+    ),
+    Recipe(
+        name="sr-mac",
+        paper="A Stochastic Rounding-Enabled Low-Precision Floating-Point MAC for DNN Training, arXiv 2404.14010",
+        **_gemms(_E5M2, _E5M2, _SR13),  # type: ignore[arg-type]
+    ),
+)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any `Format` within float32 inside a kernel: `numerics.codes` on a tile, in integers, bit for bit.
+
+Formats are constants of a kernel (`Constants`), so that each compiles to its few instructions. Integers are the same
+in the interpreter, on every GPU and in torch; no cast of a compiler is involved.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_lowprec.formats import Codebook, Format, get_format
+from hf_lowprec.numerics.codes import F32, carrier_of
+
+GRADUAL, FLUSH, NORMAL0 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NEAREST, AWAY, ZERO, STOCHASTIC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_SUBNORMALS = {"gradual": 0, "flush": 1, "normal0": 2}
+_MODES = {"nearest": 0, "away": 1, "zero": 2, "stochastic": 3}
+
+
+class Constants(NamedTuple):
+    """A format at compile time, in the order of the kernels' parameters.
+
+    sign: the sign bit of a code, 0 for an unsigned format. nan_code: -1 where there is none.
+    """
+
+    man: int
+    emin: int
+    max_code: int
+    subnormal: int
+    sign: int
+    nan_code: int
+    negative_zero: bool
+
+    @classmethod
+    def of(cls, fmt: Format) -> Constants:
+        sign = 1 << (fmt.exp + fmt.man) if fmt.signed else 0
+        nan = fmt.nan_code if fmt.has_nan else -1
+        return cls(fmt.man, fmt.emin, fmt.max_code, _SUBNORMALS[fmt.subnormal], sign, nan, fmt.has_negative_zero)
+
+
+def covered(fmt: str | Format | Codebook) -> Format | None:
+    """The format, if these functions compute it: no codebook, zero among its values, normal numbers of float32."""
+    fmt = get_format(fmt)
+    if not isinstance(fmt, Format) or not fmt.has_zero or carrier_of(fmt, torch.float32) is not F32:
+        return None
+    return fmt
+
+
+def mode_of(mode: str) -> int:
+    """A rounding's mode as the kernels have it."""
+    return _MODES[mode]
+
+
+@triton.jit
+def mix(h):
+    """lowbias32 of uint32: `numerics.hashing._mix`."""
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def keys_of(seed):
+    """`numerics.seed_keys` of an int64."""
+    k0 = mix(seed.to(tl.uint32) ^ 0x9E3779B9)
+    return k0, mix((seed >> 32).to(tl.uint32) ^ k0)
+
+
+@triton.jit
+def count_codes(x, words, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
+                MAX_CODE: tl.constexpr, SUBNORMAL: tl.constexpr):  # fmt: skip
+    """Codes of |x| without sign (int32), rounded and saturated; Inf and NaN count as MAX_CODE.
+
+    words: for MODE stochastic, int32 of which the low BITS are random.
+    """
+    LOW: tl.constexpr = EMIN + 127  # exponent field of the lowest binade
+    DROP: tl.constexpr = 23 - MAN
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    OFFSET: tl.constexpr = (LOW - 1) << MAN if SUBNORMAL == 1 else (1 << MAN) if SUBNORMAL == 2 else 0
+    if SUBNORMAL == 1:
+        units = magnitude
+    else:
+        if LOW <= 1:
+            units = magnitude
+        else:
+            field = magnitude >> 23
+            significand = (magnitude & 0x7FFFFF) | tl.where(field > 0, 0x800000, 0)
+            shift = LOW - tl.where(field > 1, field, 1)
+            shift = tl.where(shift < 0, 0, tl.where(shift > 25, 25, shift))
+            shifted = significand >> shift
+            if MODE == 0:
+                shifted |= tl.where((shifted << shift) != significand, 1, 0)
+            units = tl.where(field >= LOW, magnitude - ((LOW - 1) << 23), shifted)
+    if MODE == 0:
+        units += (((units >> DROP) - OFFSET) & 1) + ((1 << (DROP - 1)) - 1)
+    elif MODE == 1:
+        units += 1 << (DROP - 1)
+    elif MODE == 3:
+        units += (words & ((1 << BITS) - 1)) << (DROP - BITS)
+    codes = (units >> DROP) - OFFSET
+    if SUBNORMAL == 1:
+        codes = tl.where(codes < (1 << MAN), 0, codes)
+    elif SUBNORMAL == 2:
+        # Between zero and the smallest value there is nothing.
+        TINY: tl.constexpr = (2.0**EMIN) * (1 + 2.0 ** (-MAN))
+        size = tl.abs(x)
+        if MODE == 0:
+            up = size > TINY / 2
+        elif MODE == 1:
+            up = size >= TINY / 2
+        elif MODE == 3:
+            left = ((1 << BITS) - (words & ((1 << BITS) - 1))).to(tl.float64)
+            up = size.to(tl.float64) * (1 << BITS) >= left * TINY
+        else:
+            up = size < 0
+        codes = tl.where(size < TINY, up.to(tl.int32), codes)
+    return tl.where(codes > MAX_CODE, MAX_CODE, codes)
+
+
+@triton.jit
+def code_values(codes, MAN: tl.constexpr, EMIN: tl.constexpr, SUBNORMAL: tl.constexpr):
+    """float32 values of codes without sign, up to MAX_CODE."""
+    if SUBNORMAL == 2:
+        normal = ((codes << (23 - MAN)) + ((EMIN + 127) << 23)).to(tl.float32, bitcast=True)
+        out = tl.where(codes == 0, 0.0, normal)
+    else:
+        normal = ((codes << (23 - MAN)) + ((EMIN + 126) << 23)).to(tl.float32, bitcast=True)
+        low = codes.to(tl.float32) * (2.0 ** (EMIN - MAN)) if SUBNORMAL == 0 else 0.0
+        out = tl.where(codes < (1 << MAN), low, normal)
+    return out
+
+
+@triton.jit
+def signed_codes(codes, x, MAX_CODE: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr,
+                 NEGATIVE_ZERO: tl.constexpr):  # fmt: skip
+    """Complete codes from those of |x|: sign, and for what is not finite NaN, or where there is none the code 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    if SIGN == 0:
+        codes = tl.where(bits < 0, 0, codes)
+    else:
+        sign = tl.where(bits < 0, SIGN, 0)
+        if not NEGATIVE_ZERO:
+            sign = tl.where(codes == 0, 0, sign)
+        codes |= sign
+    return tl.where((bits & 0x7F800000) == 0x7F800000, NAN_CODE if NAN_CODE >= 0 else 0, codes)
+
+
+@triton.jit
+def decoded(raw, MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr, SUBNORMAL: tl.constexpr,
+            SIGN: tl.constexpr, NAN_CODE: tl.constexpr):  # fmt: skip
+    """(float32 values, whether they are finite) of complete codes, int32; 0 where they are not."""
+    if SIGN == 0:
+        codes, finite = raw, raw <= MAX_CODE
+    else:
+        codes = raw & (SIGN - 1)
+        finite = (codes <= MAX_CODE) & (raw != NAN_CODE)
+    value = code_values(codes, MAN, EMIN, SUBNORMAL)
+    if SIGN != 0:
+        value = tl.where((raw & SIGN) != 0, -value, value)
+    return tl.where(finite, value, 0.0), finite

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel of narrow sums against `numerics.accumulate`: bit for bit in Triton's interpreter and on a GPU; and
+compiled for an H100, which needs none.
+
+The interpreter must be chosen before Triton is imported, so that one test starts a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_lowprec import numerics, ops
+from hf_lowprec.formats import get_format
+from hf_lowprec.ops.quantize import storage_dtype
+from hf_lowprec.recipe import NONE, Accumulation, Quant, Rounding
+
+SEED = 2**40 + 12345
+SR = {bits: Rounding(mode="stochastic", bits=bits) for bits in (1, 9, 13, None)}
+SUMS = [
+    Accumulation(format="e6m9"),
+    Accumulation(format="e6m9", chunk=8, outer="e6m9"),
+    Accumulation(format="e6m9", chunk=7),
+    Accumulation(format="e6m5", rounding=SR[13]),
+    Accumulation(format="e6m5", rounding=SR[9], chunk=8, outer="e6m9"),
+    Accumulation(format="e6m5", rounding=SR[1], chunk=100, outer="e6m5"),
+    Accumulation(format="e6m5"),
+    Accumulation(format="e5m10", rounding=Rounding(mode="away")),
+    Accumulation(format="e6m9", rounding=SR[None]),
+    Accumulation(format="e6m5", rounding=Rounding(mode="zero"), chunk=4, outer="e6m5"),
+    Accumulation(format="e8m7"),
+    Accumulation(format="tc14", rounding=Rounding(mode="zero"), chunk=16),
+    Accumulation(format="e4m3"),  # saturates
+]
+OPERANDS = [
+    ("e5m2", "e5m2"),
+    ("e4m3b11fnuz", "e5m2"),
+    ("e0m7", "e5m10"),
+    ("e3m1", "e6m9"),
+    ("e4m3b11normal0", "e4m3fn"),
+]
+
+
+def operand(rows: int, k: int, name: str, seed: int, device: str, strided: bool = False) -> torch.Tensor:
+    """Codes of a matrix; as a transposed view if `strided`."""
+    x = torch.randn((rows, k), generator=torch.Generator().manual_seed(seed))
+    x *= 2.0 ** torch.randint(-6, 6, x.shape, generator=torch.Generator().manual_seed(seed + 1))
+    codes = numerics.encode(x, name).view(storage_dtype(name))
+    return (codes.t().contiguous().t() if strided else codes).to(device)
+
+
+def values(codes: torch.Tensor, name: str) -> torch.Tensor:
+    codes = codes.cpu()
+    return codes.float() if codes.is_floating_point() else numerics.decode(codes, name)
+
+
+def check_kernel(device: str) -> int:
+    from hf_lowprec.kernels.triton import accumulate as kernels
+
+    count, seed = 0, torch.tensor(SEED, device=device)
+
+    def same(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str], how: Accumulation, **tile: object) -> None:
+        got = kernels.accumulate(a, names[0], b, names[1], how, seed, **tile).cpu()  # type: ignore[arg-type]
+        truth = numerics.accumulate(values(a, names[0]), values(b, names[1]), how, seed=SEED)
+        nan = truth.isnan()
+        assert torch.equal(got.isnan(), nan)
+        assert torch.equal(got.view(torch.int32)[~nan], truth.view(torch.int32)[~nan]), (how, names, a.shape)
+
+    tile = {"tile": (16, 16)}
+    for how in SUMS:
+        same(operand(5, 25, "e5m2", 0, device), operand(19, 25, "e5m2", 1, device), ("e5m2", "e5m2"), how, **tile)
+        count += 1
+    for names in OPERANDS:
+        for how in SUMS[1:4:2]:
+            a, b = operand(17, 20, names[0], 0, device, strided=True), operand(3, 20, names[1], 1, device)
+            same(a, b, names, how, **tile)
+            count += 1
+    for m, n, k in ((1, 1, 1), (16, 16, 1), (33, 2, 65), (0, 3, 4), (3, 0, 4), (3, 4, 0)):
+        same(operand(m, k, "e5m2", 2, device), operand(n, k, "e5m2", 3, device), ("e5m2", "e5m2"), SUMS[4], **tile)
+        count += 1
+    a, b = operand(6, 9, "e5m2", 0, device), operand(5, 9, "e4m3fn", 1, device)
+    a.view(torch.uint8)[2, 3], a.view(torch.uint8)[4, 0] = 0x7C, 0xFF  # Inf and a NaN
+    b.view(torch.uint8)[1, 1] = 0x7F
+    same(a, b, ("e5m2", "e4m3fn"), SUMS[1], **tile)
+    largest = torch.full((2, 40), get_format("e5m2").max, device=device).to(torch.float8_e5m2)
+    for how in (SUMS[0], SUMS[3], SUMS[10], SUMS[11]):
+        same(largest, largest, ("e5m2", "e5m2"), how, **tile)
+    # In float32 it is the same order, without rounding.
+    a, b = operand(5, 30, "e5m2", 4, device), operand(7, 30, "e5m2", 5, device)
+    s = torch.zeros(5, 7)
+    for i in range(30):
+        s = s + values(a, "e5m2")[:, i, None] * values(b, "e5m2")[:, i]
+    assert torch.equal(kernels.accumulate(a, "e5m2", b, "e5m2", None).cpu(), s)
+    with pytest.raises(ValueError, match="needs a seed"):
+        kernels.accumulate(a, "e5m2", b, "e5m2", SUMS[3])
+    with pytest.raises(ValueError, match="no kernel decodes nf4"):
+        kernels.accumulate(a, "nf4", b, "e5m2", SUMS[0])
+    return count
+
+
+def mend_interpreter() -> None:
+    """Triton 3.6's interpreter has loop bounds as [1] arrays, which numpy >= 2.4 makes no int of."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: object, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # type: ignore[attr-defined]
+
+    interpreter._patch_lang_tensor = mended
+
+
+def compile_for_h100() -> dict[str, int]:
+    """Instructions that the sums of some recipes compile to."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from hf_lowprec.kernels.triton import accumulate as kernels
+
+    found = {}
+    names = kernels._sums_kernel.arg_names
+    for label, how in (("float32", None), ("chunked", SUMS[1]), ("sr", SUMS[3]), ("general", SUMS[8])):
+        constants = {**kernels._constants("e5m2", "e5m2", how), "TILE_M": 64, "TILE_N": 64, "UNROLL": 4}
+        types = {name: "i32" for name in names if name not in constants}
+        types |= {name: "*fp32" for name in ("a_ptr", "b_ptr", "out_ptr")}
+        types |= {"a_bad_ptr": "*i32", "b_bad_ptr": "*i32", "seed_ptr": "*i64"}
+        source = triton.compiler.ASTSource(fn=kernels._sums_kernel, signature=types, constexprs=constants)
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        found[f"{label} fma"], found[f"{label} lines"] = ptx.count("fma.rn.f32"), len(ptx.splitlines())
+    return found
+
+
+def in_a_process(what: str, **environment: str) -> str:
+    path = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, what]
+    run = subprocess.run(
+        command, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def test_interpreter_agrees_with_numerics() -> None:
+    pytest.importorskip("triton")
+    assert int(in_a_process("interpret", TRITON_INTERPRET="1").split()[-1]) >= 29
+
+
+@pytest.mark.slow
+def test_compiles_for_an_h100(tmp_path: object) -> None:
+    pytest.importorskip("triton")
+    found = dict(line.split(": ") for line in in_a_process("compile", TRITON_CACHE_DIR=str(tmp_path)).splitlines())
+    # One fused instruction per product in float32; nearest rounding adds two.
+    assert int(found["float32 fma"]) > 0 and int(found["chunked fma"]) >= 3 * int(found["float32 fma"]) * 0.9
+    assert int(found["sr lines"]) > int(found["float32 lines"])
+
+
+def test_operator_on_a_gpu_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where emulation is asked for: it is the same numbers."""
+    pytest.importorskip("triton")
+    from hf_lowprec.kernels import scaled_mm as kernels
+
+    key = ops.quant_key(Quant(format="e5m2", scaling=NONE))
+    a, b, one = operand(4, 16, "e5m2", 0, "cpu"), operand(5, 32, "e5m2", 1, "cpu"), torch.ones(())
+    calls = []
+
+    def fake(x: torch.Tensor, x_format: str, y: torch.Tensor, *rest: object) -> torch.Tensor:
+        calls.append((tuple(x.shape), tuple(y.shape), *rest))
+        return torch.ones(4, 5)
+
+    monkeypatch.setattr(kernels, "accumulate", fake)
+    how, seed = SUMS[3], torch.tensor(SEED)
+    out = kernels.scaled_mm(
+        a, 2 * one, key, b, one, key, torch.ones(5), torch.bfloat16, False, True, ops.accumulation_key(how), seed
+    )
+    assert calls == [((4, 16), (5, 16), "e5m2", how, seed)]
+    assert out.dtype == torch.bfloat16 and bool((out == 3).all())
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_numerics() -> None:
+    assert check_kernel("cuda") >= 29
+
+
+@pytest.mark.gpu
+def test_recipes_on_a_gpu_give_the_bits_of_the_cpu() -> None:
+    for m, n, k in ((130, 70, 513), (64, 256, 128)):
+        a, b = operand(m, k, "e5m2", 0, "cuda"), operand(n, k, "e5m2", 1, "cuda")
+        for how in SUMS[:5]:
+            from hf_lowprec.kernels.triton.accumulate import accumulate
+
+            got = accumulate(a, "e5m2", b, "e5m2", how, torch.tensor(SEED, device="cuda")).cpu()
+            truth = numerics.accumulate(a.cpu().float(), b.cpu().float(), how, seed=SEED)
+            assert torch.equal(got.view(torch.int32), truth.view(torch.int32))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "compile":
+        print("\n".join(f"{name}: {count}" for name, count in compile_for_h100().items()))
+    else:
+        mend_interpreter()
+        print("checked", check_kernel("cpu"))

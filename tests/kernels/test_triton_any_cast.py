@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The casts to any format against numerics: bit for bit in Triton's interpreter and on a GPU; compiled for an H100.
+
+The interpreter must be chosen before Triton is imported, so that one test starts a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from hf_lowprec import numerics
+from hf_lowprec.ops.quantize import default_quantize, quant_key
+from hf_lowprec.recipe import NONE, Quant, Rounding, Scaling
+
+SEED = 2**40 + 12345
+MX = [
+    Quant(
+        format=name,
+        scaling=Scaling(granularity="block", block=(32,), snap=snap, store="e8m0"),
+        rounding=Rounding(mode="away" if i % 2 else "nearest"),
+    )
+    for i, name in enumerate(("e4m3fn", "e5m2", "e3m2", "e2m3", "e2m1", "e0m7"))
+    for snap in ("ocp", "rceil", "ceil", "even")
+]
+SR9, SR = Rounding(mode="stochastic", bits=9), Rounding(mode="stochastic")
+ROW = Scaling(granularity="row")
+OTHERS = [
+    Quant(format="e3m1", scaling=Scaling(granularity="row", snap="ocp")),
+    Quant(format="e3m1"),
+    Quant(format="e0m7", scaling=ROW),
+    Quant(format="e0m7", scaling=ROW, rounding=SR),
+    Quant(format="e6m9", scaling=NONE),
+    Quant(format="e6m9", scaling=Scaling(method="static", exponent=-3), rounding=SR9),
+    Quant(format="e6m5", scaling=NONE),
+    Quant(format="e6m5", scaling=NONE, rounding=Rounding(mode="stochastic", bits=13)),
+    Quant(format="e4m3fn", scaling=Scaling(snap="rceil", margin=1), rounding=SR9),
+    Quant(format="e5m2", rounding=Rounding(mode="away")),
+    Quant(format="e4m3", rounding=Rounding(mode="zero")),
+    Quant(format="e4m3b11fnuz", scaling=NONE),
+    Quant(format="e4m3b11fnuznormal0", scaling=NONE),
+    Quant(format="e4m3b11fnuznormal0", scaling=NONE, rounding=SR9),
+    Quant(format="e4m3b8", scaling=Scaling(granularity="block", block=(16,))),
+    Quant(format="e2m1", scaling=Scaling(granularity="block", block=(16,), snap="even", store="float32"), rounding=SR),
+    Quant(format="e3m0", scaling=ROW),
+    Quant(format="e8m7", scaling=NONE, rounding=SR),
+    Quant(format="e5m10", scaling=Scaling(granularity="row", snap="ceil")),
+    Quant(format="e0m8u", scaling=ROW),
+]
+
+
+def inputs(rows: int, cols: int, dtype: torch.dtype, device: str, spoiled: bool) -> torch.Tensor:
+    """Wide normals, ties, rows and blocks of zeros and of subnormals, and where `spoiled` Inf and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((rows, cols), generator=generator) * 2.0 ** torch.randint(-20, 12, (rows, 1), generator=generator)
+    x[:, ::3] = (x[:, ::3] * 8).round() / 8
+    x[0] = 0.0
+    x[1, : cols // 2] = -0.0
+    x[2] *= 1e-40
+    x[3, 0] = 3e38
+    if spoiled:
+        x[4, 1], x[5, cols - 1], x[6, 0] = float("inf"), float("nan"), -float("inf")
+    return x.to(dtype).to(device)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor, what: object) -> None:
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.dtype.itemsize]
+    a, b = ours.cpu(), theirs.cpu()
+    if a.is_floating_point():
+        nan = a.float().isnan()
+        assert torch.equal(nan, b.float().isnan()), what
+        a, b = a.view(integer)[~nan], b.view(integer)[~nan]
+    assert torch.equal(a, b), (what, (a != b).sum())
+
+
+def check_kernels(device: str) -> int:
+    from hf_lowprec.kernels.triton import any_cast
+
+    count, seed = 0, torch.tensor(SEED, device=device)
+    for i, quant in enumerate([*MX, *OTHERS]):
+        plan = any_cast.plan_of(quant)
+        assert plan is not None, quant
+        random = quant.rounding.mode == "stochastic"
+        for dtype in (torch.float32, torch.bfloat16) if i % 5 == 0 else (torch.float32,):
+            for spoiled in (False, True):
+                # Rows that lie together, or columns; blocks that the rows are whole multiples of, or not.
+                x = inputs(75, 9, dtype, device, spoiled).t() if (i + spoiled) % 2 else inputs(
+                    9, 96 if i % 3 else 75, dtype, device, spoiled)  # fmt: skip
+                host = x.cpu().contiguous()
+                drawn = {"seed": SEED} if random else {}
+                q, s = any_cast.quantize(x, plan, seed=seed if random else None)
+                truth = numerics.quantize(host, quant, **drawn)
+                same(s, truth.scale, ("scale", quant))
+                same(q, truth.qdata, (quant, spoiled, x.shape))
+                count += 1
+                if i % 4 == 1 or i >= len(MX):
+                    values, _ = any_cast.quantize(x, plan, seed=seed if random else None, values=True)
+                    same(values, numerics.quantize_dequantize(host, quant, **drawn), ("values", quant))
+                    count += 1
+    check_scales_and_counts(any_cast, device)
+    return count
+
+
+def check_scales_and_counts(any_cast: Any, device: str) -> None:
+    """Given and delayed scales, amaxes that are noted or known, counters; three dimensions."""
+    x = inputs(8, 64, torch.float32, device, True)
+    delayed = Quant(format="e3m4", scaling=Scaling(method="delayed", history=4, snap="rceil"))
+    for quant, scale, fixed in (
+        (delayed, 0.0, False), (delayed, 0.25, False), (delayed, 2.0, True),
+        (Quant(format="e4m3", rounding=Rounding(mode="away")), 0.5, True),
+        (Quant(format="e6m9", scaling=NONE), None, False),
+    ):  # fmt: skip
+        plan, key = any_cast.plan_of(quant), quant_key(quant)
+
+        def notes(where: str, scale: float | None = scale) -> tuple[Any, ...]:
+            given = None if scale is None else torch.tensor(scale, device=where)
+            return given, torch.tensor(1.0, device=where), torch.zeros(4, dtype=torch.int64, device=where)
+
+        given, amax, counts = notes(device)
+        ours = (*any_cast.quantize(x, plan, given, fixed=fixed, amax=amax, counts=counts), amax, counts)
+        given, amax, counts = notes("cpu")
+        theirs = (*default_quantize(x.cpu(), key, given, fixed, amax, counts, None), amax, counts)
+        for one, other in zip(ours, theirs, strict=True):
+            same(one, other, (quant, scale, fixed))
+    known = torch.zeros(256, device=device)
+    known[17] = 12.0
+    plan = any_cast.plan_of(Quant(format="e4m3", rounding=Rounding(mode="away")))
+    _, s = any_cast.quantize(x, plan, partials=known)
+    assert torch.equal(s.cpu(), torch.tensor(12.0) / 240)
+    row = any_cast.plan_of(OTHERS[2])
+    q, s = any_cast.quantize(x.view(2, 4, 64), row)
+    assert q.shape == (2, 4, 64) and s.shape == (2, 4, 1)
+    assert not any_cast.takes(x, row, True, None), "a format without NaN cannot have its scale given"
+
+
+def test_policies_that_the_kernels_leave_to_torch() -> None:
+    pytest.importorskip("triton")
+    from hf_lowprec.kernels.triton.any_cast import plan_of
+
+    for quant in (
+        Quant(format="nf4"),
+        Quant(format="e4m3fn", overflow="nan"),
+        Quant(format="e4m3fn", scaling=Scaling(granularity="tile", block=(4, 4))),
+        Quant(format="e4m3fn", scaling=Scaling(granularity="block", block=(24,))),
+        Quant(format="e3m1", scaling=NONE),  # a NaN that neither code nor scale can say: torch raises
+        Quant(format="e8m0u"),
+    ):
+        assert plan_of(quant) is None
+
+
+def test_operators_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no fused kernel covers goes through `any_cast`, in both operators; what is fused stays fused."""
+    pytest.importorskip("triton")
+    from hf_lowprec.kernels import quantize as kernels
+    from hf_lowprec.kernels.triton import any_cast
+
+    taken = []
+
+    def fake(x: torch.Tensor, plan: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append((plan.quant, tuple(x.shape), x.is_contiguous()))
+        return torch.zeros(x.shape, dtype=torch.uint8), torch.ones(())
+
+    monkeypatch.setattr(any_cast, "quantize", fake)
+    monkeypatch.setattr(kernels, "transpose", lambda x, pad_to: x)
+    x = torch.randn(4, 32)
+    kernels.quantize(x.t(), quant_key(MX[0]), None, False, None, None, None)
+    kernels.cast_transpose(x, quant_key(OTHERS[11]), None, False, None, None, None)
+    assert taken == [(MX[0], (32, 4), False), (OTHERS[11], (4, 32), True)]
+    assert kernels._plan(quant_key(Quant(format="e4m3fn"))) is not None
+
+
+def compile_for_h100() -> list[str]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from hf_lowprec.kernels.triton import any_cast
+
+    done = []
+    kernel = any_cast._any_cast_kernel
+    for quant in (MX[0], MX[16], OTHERS[2], OTHERS[3], OTHERS[7]):
+        plan = any_cast.plan_of(quant)
+        constants = {**plan.constants, "METHOD": plan.method, "VALUES": False, "PARTS": 1, "ROWS": 8, "COLS": 256}
+        constants |= {"amax_ptr": None, "partial_ptr": None}
+        constants |= {"given_ptr" if plan.method else "scale_ptr": None}
+        types = {name: "i32" for name in kernel.arg_names if name not in constants}
+        scale = "*u8" if quant.scaling.store == "e8m0" else "*fp32"
+        types |= {"x_ptr": "*bf16", "q_ptr": "*u8" if quant.format != "e6m5" else "*i16"}
+        types |= {k: v for k, v in {"scale_ptr": scale, "given_ptr": "*fp32"}.items() if k in types}
+        types["seed_ptr"] = "*i64"
+        source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        done.append(f"{quant.format} {ptx.count('st.global')}")
+    return done
+
+
+def in_a_process(what: str, **environment: str) -> str:
+    path = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, what]
+    run = subprocess.run(
+        command, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def test_interpreter_agrees_with_numerics() -> None:
+    pytest.importorskip("triton")
+    assert int(in_a_process("interpret", TRITON_INTERPRET="1").split()[-1]) >= 130
+
+
+@pytest.mark.slow
+def test_compiles_for_an_h100(tmp_path: object) -> None:
+    pytest.importorskip("triton")
+    lines = in_a_process("compile", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert len(lines) == 5 and all(int(line.split()[1]) > 0 for line in lines)
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_numerics() -> None:
+    assert check_kernels("cuda") >= 130
+
+
+def mend_interpreter() -> None:
+    """Triton 3.6: loop bounds are [1] arrays, which numpy >= 2.4 makes no int of; bfloat16 is truncated."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def to_nearest(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        return convert(values, source, target, mode)
+
+    interpreter._patch_lang_tensor, interpreter._convert_float = mended, to_nearest
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "compile":
+        print("\n".join(compile_for_h100()))
+    else:
+        mend_interpreter()
+        from hf_lowprec.kernels.triton import any_cast
+
+        any_cast.PARTIALS = 4  # programs, which the interpreter runs one by one
+        print("checked", check_kernels("cpu"))
