@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from hf_lowprec import describe
@@ -83,7 +82,7 @@ def recipes(
     for alias, name in ALIASES.items():
         table.add_row(alias, "", f"another name of {name}")
     word, why = runs_here(get_recipe("exmy:e3m1"))
-    table.add_row(escape("exmy:e<X>m<Y>[/row]"), word, describe.EXMY_WORDS)
+    table.add_row("exmy:e<X>m<Y>", word, describe.EXMY_WORDS)
     for name, words in PLANNED.items():
         table.add_row(name, "planned", words)
     console = _console()

@@ -309,7 +309,7 @@ def needs(recipe: Recipe) -> str:
     return f"{sm(since)} or newer" if since > (0, 0) else "any"
 
 
-EXMY_WORDS = "a sign, X exponent and Y mantissa bits in all six slots; exponents aligned per tensor, or per row"
+EXMY_WORDS = "a sign, X exponent and Y mantissa bits in all six slots; exponents aligned per tensor, or (/row) per row"
 
 
 def operand_bits(recipe: Recipe) -> int | None:
@@ -333,7 +333,7 @@ def recipe_table() -> str:
         elsewhere = "emulated" if recipe.quantises_gemms else ""
         rows.append((f"`{name}`{also}", one_line(recipe), needs(recipe), elsewhere))
     rows += [(f"`{name}`", text, "planned", "") for name, text in PLANNED.items()]
-    rows.append(("`exmy:e<X>m<Y>[/row]`", EXMY_WORDS, "nowhere yet", "emulated"))
+    rows.append(("`exmy:e<X>m<Y>`", EXMY_WORDS, "nowhere yet", "emulated"))
     return markdown(rows)
 
 

@@ -44,7 +44,7 @@ def test_recipes_lists_every_name_and_how_it_runs_without_a_gpu(monkeypatch):
     for name, recipe in PRESETS.items():
         assert here[name] == ("emulated" if recipe.quantises_gemms else "native")
     assert all(here[name] == "planned" for name in PLANNED)
-    assert set(ALIASES) <= set(here)
+    assert set(ALIASES) <= set(here) and here["exmy:e<X>m<Y>"] == "emulated"
 
 
 @pytest.mark.parametrize(("capability", "word"), [((9, 0), "native"), ((8, 0), "refused")])
@@ -59,16 +59,21 @@ def test_recipes_on_a_gpu(monkeypatch, capability, word):
     assert ("sm_80" in output) == (word == "refused")
 
 
-def test_needs_agrees_with_what_convert_refuses(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_needs_agrees_with_what_convert_refuses(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     mx = Quant(format="e4m3fn", scaling=Scaling(granularity="block", block=(32,), snap="ocp", store="e8m0"))
-    e3m1 = Quant(format="e3m1")
-    own = [Recipe(name="own", fprop={"input": q, "weight": q}) for q in (mx, e3m1)]
+    e3m1, plain = Quant(format="e3m1"), Quant(format="e4m3fn")
+    pairs = [(mx, mx), (e3m1, e3m1), (mx, plain), (plain, plain)]
+    own = [Recipe(name="own", fprop={"input": a, "weight": b}) for a, b in pairs]
+    native = {"sm_89 or newer": capability >= (8, 9), "sm_100 or newer": capability >= (10, 0), "nowhere yet": False}
     for recipe in [*PRESETS.values(), *own]:
         if recipe.quantises_gemms:
-            native = native_problem(recipe, torch.device("cuda", 0)) is None
-            assert describe.needs(recipe) == ("sm_89 or newer" if native else "nowhere yet"), recipe.name
-    assert {describe.needs(recipe) for recipe in own} == {"nowhere yet"}
+            found = native_problem(recipe, torch.device("cuda", 0)) is None
+            assert found == native[describe.needs(recipe)], recipe.name
+    needs = [describe.needs(recipe) for recipe in own]
+    assert needs == ["sm_100 or newer", "nowhere yet", "nowhere yet", "sm_89 or newer"]
 
 
 def test_documentation_holds_the_tables():

@@ -77,7 +77,7 @@ def patch_parser(module: Any) -> None:
         added: argparse.Action = add_action(self, action)
         if added.dest == "mixed_precision" and tuple(added.choices or ()) == OWNED_BY_ACCELERATE:
             added.choices, added.type = None, _precision
-            added.metavar = "{" + ",".join([*OWNED_BY_ACCELERATE, *RECIPES]) + "}"
+            added.metavar = "{" + ",".join([*OWNED_BY_ACCELERATE, *RECIPES, "exmy:e<X>m<Y>"]) + "}"
         return added
 
     module.CustomArgumentGroup._add_action = _add_action

@@ -30,7 +30,7 @@ def aligned(name: str) -> Quant:
     exp, man, group = int(match["exp"]), int(match["man"]), match["group"] or "tensor"
     if not _MIN_BITS <= 1 + exp + man <= _MAX_BITS:
         raise RecipeError(
-            f"recipe {name!r}: with its sign the format has {1 + exp + man} bits; eXmY has {_MIN_BITS} to {_MAX_BITS}"
+            f"recipe {name!r}: the width, sign included, is {1 + exp + man}; eXmY has {_MIN_BITS} to {_MAX_BITS} bits"
         )
     if exp > _MAX_EXP:
         raise RecipeError(
