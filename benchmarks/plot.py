@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every figure of the documentation, from the committed JSON in benchmarks/results and from nothing else.
+"""Every figure of the documentation, from the committed JSON in benchmarks/results and from nothing else, but for
+the figures of number formats (`plot_numbers.py`), which follow from the numerics.
 
     python benchmarks/plot.py               all figures whose results exist, into docs/img (SVG and PNG)
     python benchmarks/plot.py loss_parity   one of them
@@ -22,6 +23,8 @@ import numpy as np
 from environment import REPOSITORY
 from harness import BASELINE, RESULTS
 from matplotlib.figure import Figure
+from plot_numbers import formats_sqnr, number_lines
+from plot_recipes import constant_window, recipes
 from verdict import TOLERANCE
 
 IMAGES = REPOSITORY / "docs" / "img"
@@ -370,8 +373,16 @@ def label_apart(axes: Any, labels: list[tuple[float, float, str]], apart: float 
                       ha="right" if left else "left")  # fmt: skip
 
 
-# name of the figure -> (file in benchmarks/results, function)
-FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
+def study(data: dict[str, Any]) -> Figure:
+    return recipes(data, conditions(data["cases"][0]["environment"]))
+
+
+def window(data: dict[str, Any]) -> Figure:
+    return constant_window(data, conditions(data["environment"]))
+
+
+# name of the figure -> (file in benchmarks/results, or None, function)
+FIGURES: dict[str, tuple[str | None, Callable[[dict[str, Any]], Figure]]] = {
     "loss_parity": ("loss_parity.json", loss_parity),
     "loss_states": ("loss_states.json", loss_states),
     "step": ("step.json", step),
@@ -379,20 +390,24 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "breakeven": ("breakeven.json", breakeven),
     "kernels": ("kernels.json", kernels),
     "optim": ("optim.json", optim),
+    "recipes": ("recipes.json", study),
+    "recipes_cpu": ("recipes_cpu.json", study),
+    "constant_window": ("constant_window.json", window),
+    "formats_sqnr": (None, formats_sqnr),
+    "number_lines": (None, number_lines),
 }
 
 
 def draw(name: str, results: Path, images: Path) -> bool:
     source, function = FIGURES[name]
-    path = results / source
-    if not path.is_file():
+    if source is not None and not (results / source).is_file():
         print(f"{name}: no {source} yet")
         return False
     _drawn.clear()
     images.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         try:
-            figure = function(json.loads(path.read_text()))
+            figure = function({} if source is None else json.loads((results / source).read_text()))
         except NothingToDraw as error:
             print(f"{name}: {error}")
             return False
@@ -401,7 +416,7 @@ def draw(name: str, results: Path, images: Path) -> bool:
     size = (images / f"{name}.png").stat().st_size
     if size > LARGEST:
         raise SystemExit(f"{name}.png has {size} bytes, more than {LARGEST}")
-    print(f"{name}: drawn from {source}")
+    print(f"{name}: drawn from {source or 'the numerics'}")
     return True
 
 

@@ -281,7 +281,8 @@ def _print_shapes(console: Console, model: nn.Module, report: ConversionReport) 
     if not found:
         console.print(f"shapes: all in and out features are multiples of what tensor cores like ({wanted})\n")
         return
-    table = _table("size", "bits", "of", "advice", title=f"shapes (multiples for {wanted})", title_justify="left")
+    console.print(f"[bold]shapes[/]  multiples for {wanted}")
+    table = _table("size", "bits", "of", "advice")
     for advice in found:
         where = ", ".join(advice.where[:3]) + (f" and {len(advice.where) - 3} more" if len(advice.where) > 3 else "")
         table.add_row(str(advice.size), str(advice.bits), where, str(advice), style=None if advice.serious else "dim")

@@ -20,9 +20,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "recipes"
 SECTIONS = ["What it computes", "In the paper", "Measured here", "When to use it", "In your script"]
 OUTPUTS = {"fprop": "output", "dgrad": "grad_input", "wgrad": "grad_weight"}
-# How a format may be called in an equation beside its own name.
-CALLED = {"e0m7": ("int8", "mxint8"), "e4m3b11": ("e4m3",), "e4m3b11fnuz": ("e4m3b11", "e4m3"), "e4m3fn": ("e4m3",),
-          "e5m10": ("fp16", "float16"), "e8m7": ("bf16", "bfloat16"), "e4m3b8": ("e4m3",)}  # fmt: skip
+# How a format may be called beside its own name.
+CALLED = {
+    "e0m7": ("int8", "8-bit", "8 bits", "127"), "e0m1": ("ternary",), "sign": ("1-bit",), "e4m3fn": ("e4m3",),
+    "e4m3b11": ("e4m3",), "e4m3b11fnuz": ("e4m3",), "e4m3b8": ("e4m3",), "e4m3none": ("e4m3",),
+    "e5m10": ("fp16", "float16"), "e8m7": ("bf16", "bfloat16"),
+}  # fmt: skip
 
 
 def page(name: str) -> str:
@@ -58,29 +61,29 @@ def test_the_form(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, recipe in PRESETS.items() if recipe.quantises_gemms])
 def test_the_equations_name_the_formats_of_the_data(name: str) -> None:
-    wrong = disagreements(block(sections(page(name))["What it computes"]), PRESETS[name])
+    wrong = disagreements(page(name), PRESETS[name])
     assert not wrong, "\n".join(wrong)
 
 
-def disagreements(equations: str, recipe: Recipe) -> list[str]:
-    """Where the code block of a page says something else than the recipe.
+def disagreements(text: str, recipe: Recipe) -> list[str]:
+    """Where a page says something else than the recipe.
 
-    Every format of a slot is named somewhere in the block; a line that begins with what a GEMM gives names, of formats
-    in the e<exp>m<man> spelling, none but those of its two slots, its sums, and its output.
+    Every format of a slot is named before the paper's results; a line of the code block that says what a GEMM gives
+    names, of formats in the e<exp>m<man> spelling, none but those of its two slots and its sums.
     """
     wrong = []
-    text = equations.lower()
+    equations, before = block(sections(text)["What it computes"]).lower(), text.split("## In the paper")[0].lower()
     for gemm, output in OUTPUTS.items():
         policy = getattr(recipe, gemm)
         slots = [getattr(policy, slot) for slot in describe.GEMMS[gemm][1]]
         formats = [quant.format for quant in slots if quant is not None]
         for fmt in formats:
-            if not any(word in text for word in (fmt, *CALLED.get(fmt, ()))):
-                wrong.append(f"{gemm}: {fmt} is nowhere in the block")
+            if not any(word in before for word in (fmt, *CALLED.get(fmt, ()))):
+                wrong.append(f"{gemm}: {fmt} is nowhere on the page")
         sums = [fmt for fmt in (policy.accumulation.format, policy.accumulation.outer) if fmt is not None]
         allowed = {spelling for fmt in (*formats, *sums) for spelling in (fmt, *CALLED.get(fmt, ()))}
-        for line in text.splitlines():
-            if not re.match(rf"\s*{output}\s*=", line):
+        for line in equations.splitlines():
+            if not re.match(rf"\s*(?:{gemm}:?\s+)?{output}\s*=", line):
                 continue
             named = re.findall(r"\be\d+m\d+(?:b\d+)?(?:fnuz|fn|ieee|none)?(?:flush|normal0)?u?", line)
             wrong += [f"{gemm}: the line says {word}" for word in named if word not in allowed]
@@ -88,11 +91,10 @@ def disagreements(equations: str, recipe: Recipe) -> list[str]:
 
 
 def test_a_page_that_lies_is_found() -> None:
-    recipe = PRESETS["te-current"]
-    right = block(sections(page("te-current"))["What it computes"])
+    recipe, right = PRESETS["te-current"], page("te-current")
     assert not disagreements(right, recipe)
     assert "wgrad: the line says e3m4" in disagreements(right.replace("e5m2(grad_output).T", "e3m4(g).T"), recipe)
-    assert disagreements(right.replace("e5m2", "e4m3fn"), recipe)
+    assert "dgrad: e5m2 is nowhere on the page" in disagreements(right.replace("e5m2", "e4m3fn"), recipe)
 
 
 def test_no_page_without_a_name() -> None:
