@@ -82,6 +82,7 @@ def disagreements(text: str, recipe: Recipe) -> list[str]:
                 wrong.append(f"{gemm}: {fmt} is nowhere on the page")
         sums = [fmt for fmt in (policy.accumulation.format, policy.accumulation.outer) if fmt is not None]
         allowed = {spelling for fmt in (*formats, *sums) for spelling in (fmt, *CALLED.get(fmt, ()))}
+        allowed |= {quant.scaling.store for quant in slots if quant is not None}  # of the scales
         for line in equations.splitlines():
             if not re.match(rf"\s*(?:{gemm}:?\s+)?{output}\s*=", line):
                 continue
