@@ -21,6 +21,7 @@ _EXPORTS = {
     "revert": "conversion",
     "high_precision": "conversion",
     "invalidate": "conversion",
+    "learned_parameters": "conversion",
     "attach_optimizer": "stepping",
     "ConversionError": "conversion",
     "ConversionReport": "report",
@@ -42,7 +43,7 @@ _NAMESPACES = ("optim", "numerics", "monitor")
 __all__ = [*_EXPORTS, *_NAMESPACES]
 
 if TYPE_CHECKING:
-    from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, revert
+    from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, learned_parameters, revert
     from hf_lowprec.modules import LowPrecLinear, StableEmbedding
     from hf_lowprec.presets import PRESETS
     from hf_lowprec.recipe import Recipe, RecipeError

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import hf_lowprec
 from hf_lowprec.conversion import ConversionError, NothingConvertedError, native_problem, session_of
+from hf_lowprec.describe import needs
 from hf_lowprec.modules import LowPrecLinear
 from hf_lowprec.monitor import statistics
 from hf_lowprec.ops import quant_key
@@ -125,7 +126,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return set_capability
 
 
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", [name for name in QUANTISING if needs(PRESETS[name]) == "sm_89 or newer"])
 def test_gpu_without_fp8(name: str, gpu: Callable[[int, int], None]) -> None:
     gpu(8, 0)
     model = OnGpu(nn.Linear(32, 32))
@@ -371,8 +372,10 @@ def test_non_finite_gradient_and_weight(name: str) -> None:
     result = run(spoiled, x, grad)
     rows, outputs = torch.arange(6) != 2, torch.arange(16) != 5
     assert same_bits(result["out"], expected["out"])
-    assert result["input"][2].isnan().all() and same_bits(result["input"][rows], expected["input"][rows])
-    assert result["weight"][5].isnan().all() and same_bits(result["weight"][outputs], expected["weight"][outputs])
+    # A gradient that no slot quantises goes on as it is, and its products are infinite.
+    lost = torch.isnan if PRESETS[name].dgrad.grad_output else lambda t: ~t.isfinite()
+    assert lost(result["input"][2]).all() and same_bits(result["input"][rows], expected["input"][rows])
+    assert lost(result["weight"][5]).all() and same_bits(result["weight"][outputs], expected["weight"][outputs])
     assert_same_state(scale_state(spoiled), scale_state(clean))
     assert statistics(spoiled)["lowprec/grad_output_nonfinite"] == 1.0
 

@@ -23,6 +23,7 @@ from hf_lowprec.modules.weight_cache import WeightCache
 from hf_lowprec.recipe import Quant, Recipe, Scaling
 
 if TYPE_CHECKING:
+    from hf_lowprec.modules.flexible import Flexible
     from hf_lowprec.modules.sharing import SharedInput
 
 ROLES = ("input", "weight", "grad_output")
@@ -68,6 +69,7 @@ class LayerState:
     ready: of each operand, whether the host knows that its delayed scale is not 0; then no pass for the amax is needed
         before a cast. Found out without waiting for the device (`ScalingState.roll`).
     shared: the layers that read the same input, and what they or its producer have quantised (`modules.sharing`).
+    flexible: ranges that are searched or learned (`modules.flexible`).
     """
 
     spec: LinearSpec
@@ -76,6 +78,7 @@ class LayerState:
     ready: tuple[bool, bool, bool] = (False, False, False)
     weight_cache: WeightCache = field(default_factory=WeightCache)
     shared: SharedInput | None = None
+    flexible: Flexible | None = None
 
     @classmethod
     def create(cls, recipe: Recipe, index: int, *, weight_is_kn: bool, emulate: bool) -> LayerState:
@@ -92,6 +95,8 @@ class LayerState:
             for operand in self.operands
         )
         self.weight_cache.drop()
+        if self.flexible is not None:
+            self.flexible.to(device)
         if self.shared is not None:
             self.shared.set_operand(self.operands[0])
             self.shared.drop()
@@ -196,6 +201,8 @@ class ScalingState:
                 tensors = {k: v.clone() for k, v in operand._asdict().items() if v is not None}
                 if role in self.history:
                     tensors["history"] = self.history[role][i].clone()
+                if layer.flexible is not None:
+                    tensors.update({k: v.detach().clone() for k, v in layer.flexible.tensors(role).items()})
                 entry[role] = tensors
         return out
 
@@ -228,6 +235,11 @@ class ScalingState:
                         target.copy_(tensors[key])
                 if role in self.history:
                     self.history[role][i].copy_(tensors["history"])
+                if layer.flexible is not None:
+                    for key, target in layer.flexible.tensors(role).items():
+                        target.data.copy_(tensors[key])
+            if layer.flexible is not None:
+                layer.flexible.loaded()
             layer.ready = (False, False, False)
             layer.weight_cache.drop()
             layer.weight_cache.followed = True  # by the optimizer whose state dict this comes from
