@@ -21,6 +21,9 @@ _EXPORTS = {
     "revert": "conversion",
     "high_precision": "conversion",
     "invalidate": "conversion",
+    "calibrate": "calibration",
+    "save_calibration": "calibration",
+    "load_calibration": "calibration",
     "learned_parameters": "conversion",
     "attach_optimizer": "stepping",
     "ConversionError": "conversion",
@@ -38,11 +41,12 @@ _EXPORTS = {
     "LowPrecRewardConfig": "integrations.trl",
     "LowPrecGRPOConfig": "integrations.trl",
 }
-_NAMESPACES = ("optim", "numerics", "monitor")
+_NAMESPACES = ("optim", "numerics", "monitor", "ptq")
 
 __all__ = [*_EXPORTS, *_NAMESPACES]
 
 if TYPE_CHECKING:
+    from hf_lowprec.calibration import calibrate, load_calibration, save_calibration
     from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, learned_parameters, revert
     from hf_lowprec.modules import LowPrecLinear, StableEmbedding
     from hf_lowprec.presets import PRESETS

@@ -107,12 +107,13 @@ def flexible(x: Tensor, maxval: Tensor, man: Tensor, bits: int) -> Tensor:
     """
     form = layout(man, bits)
     scale = scale_of(maxval, form)
-    z = x.detach().float() * (1.0 / scale)
+    x, limit = x.detach().float(), maxval.detach().float()
+    z = torch.minimum(torch.maximum(x, -limit), limit) * (1.0 / scale)  # clipped: the product of any x is finite
     p = (z.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
     magic = torch.minimum(torch.maximum(p, form.lowest_binade), form.highest_binade) * form.magic
     r = (z + magic) - magic
     r = torch.minimum(torch.maximum(r, -form.largest), form.largest)
-    return (r.copysign(z) + 0.0 * z) * scale  # Inf * 0 is NaN, and -0 + -0 is -0
+    return (r.copysign(z) + 0.0 * x) * scale  # Inf * 0 is NaN, and -0 + -0 is -0
 
 
 def gradients(grad: Tensor, x: Tensor, q: Tensor, maxval: Tensor, man: Tensor, bits: int) -> Gradients:
