@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Post-training quantisation: formats and ranges for a trained model, from a few batches, without a gradient.
 
-    report = hf_lowprec.calibrate(model, data)            # "fp8-flex": 8 bits, split and range by least squared error
+    report = hf_lowprec.calibrate(model, data)            # "fp8-flex": 8 bits, split and range by least error
     hf_lowprec.save_calibration(model, "ranges.safetensors")
 
 Weights are searched as they are, each output channel by itself where the recipe says so. Of inputs each layer keeps a
@@ -29,7 +29,7 @@ from hf_lowprec.formats import get_format
 from hf_lowprec.modules.flexible import Flexible, Operand
 from hf_lowprec.modules.linear import LowPrecMixin
 from hf_lowprec.numerics.flexible import least_man
-from hf_lowprec.numerics.search import Estimator, Histogram
+from hf_lowprec.numerics.search import ESTIMATORS, Estimator, Histogram
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Recipe, RecipeError
 from hf_lowprec.report import ConversionReport
@@ -47,7 +47,7 @@ def calibrate(
     data: Iterable[Any],
     recipe: str | Path | dict[str, Any] | Recipe = "fp8-flex",
     *,
-    estimator: Estimator = "mse",
+    estimator: Estimator = "output",
     percentile: float = 99.99,
     forward: Callable[[nn.Module, Any], object] | None = None,
     modules_to_not_convert: Sequence[str] | str | None = None,
@@ -59,7 +59,9 @@ def calibrate(
         data: batches: a mapping goes to the model as keywords, a tuple or list as positional arguments, anything else
             as the only one. Tensors are moved to the model's device. A hundred sequences are plenty.
         recipe: one whose ranges are learned or searched; `fp8-flex`, or your own (docs/recipes/fp8-flex.md).
-        estimator: `mse`, `minmax` or `percentile` (`numerics.search`).
+        estimator: `output`, `mse` (the paper's), `minmax` or `percentile` (`numerics.search`). The first two are
+            about equal, except where a few features are much larger than the rest, as in large language models: these
+            make up the squared error of the input, and what depends on the others is lost.
         percentile: of the elements, up to which the range of that estimator goes.
         forward: run a batch in another way than the above, e.g. `lambda model, batch: model.generate(**batch)`.
         modules_to_not_convert, module_filter_fn: as `convert` takes them.
@@ -72,8 +74,8 @@ def calibrate(
         RecipeError, ConversionError: as `convert`.
         ValueError: no such estimator or percentile.
     """
-    if estimator not in ("mse", "minmax", "percentile"):
-        raise ValueError(f"estimator: 'mse', 'minmax' or 'percentile', got {estimator!r}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     if not 0.0 < percentile <= 100.0:
         raise ValueError(f"percentile: above 0, at most 100, got {percentile}")
     existing = session_of(model)
@@ -84,7 +86,7 @@ def calibrate(
     session = session_of(model)
     assert session is not None
     try:
-        histograms, batches = _observe(model, session, data, forward or run_batch)
+        histograms, batches = _observe(model, session, data, forward or run_batch, weigh=estimator == "output")
         _check(histograms, batches)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             _merge(histograms)
@@ -94,7 +96,7 @@ def calibrate(
         raise
     weights = session.weights()
     for name, flexible in _flexible(session).items():
-        flexible.fit_weight(weights[name], estimator, percentile)
+        flexible.fit_weight(weights[name], estimator, percentile, histograms[name].energy)
         flexible.input.fit(histograms[name].magnitudes(), estimator, percentile)
     words = estimator if estimator != "percentile" else f"percentile {percentile:g}"
     _note(session, f"by {words} on {batches} batch{'es' if batches != 1 else ''}")
@@ -126,7 +128,7 @@ def _flexible(session: Session) -> dict[str, Flexible]:
 
 
 def _observe(
-    model: nn.Module, session: Session, data: Iterable[Any], run: Callable[[nn.Module, Any], object]
+    model: nn.Module, session: Session, data: Iterable[Any], run: Callable[[nn.Module, Any], object], *, weigh: bool
 ) -> tuple[dict[str, Histogram], int]:
     histograms: dict[str, Histogram] = {}
     handles = []
@@ -140,8 +142,9 @@ def _observe(
         return see
 
     weights = session.weights()
-    for name in _flexible(session):
-        histograms[name] = Histogram(weights[name].device)
+    for name, flexible in _flexible(session).items():
+        importance = flexible.importance(weights[name]) if weigh else None
+        histograms[name] = Histogram(weights[name].device, importance)
         assert isinstance(modules[name], LowPrecMixin)
         handles.append(modules[name].register_forward_pre_hook(watch(name), with_kwargs=True))
     training = {module: module.training for module in model.modules()}
@@ -182,21 +185,23 @@ def moved(batch: Any, device: torch.device) -> Any:
 def _check(histograms: dict[str, Histogram], batches: int) -> None:
     if not batches:
         raise CalibrationError("no data: calibrate needs at least one batch")
+    broken = [name for name, histogram in histograms.items() if bool(histogram.nonfinite)]
+    if broken:
+        raise CalibrationError(f"the input of {broken[0]} holds Inf or NaN: the model does not compute on this data")
     unseen = [name for name, histogram in histograms.items() if not bool(histogram.counts.any())]
     if unseen:
         raise CalibrationError(
             f"{len(unseen)} layers saw no data ({', '.join(unseen[:3])}): give batches that reach them, or name them "
             "in modules_to_not_convert"
         )
-    broken = [name for name, histogram in histograms.items() if bool(histogram.nonfinite)]
-    if broken:
-        raise CalibrationError(f"the input of {broken[0]} holds Inf or NaN: the model does not compute on this data")
 
 
 def _merge(histograms: dict[str, Histogram]) -> None:
     """What all ranks have seen, so that all choose the same."""
     for histogram in histograms.values():
         dist.all_reduce(histogram.counts)
+        if histogram.energy is not None:
+            dist.all_reduce(histogram.energy)
         dist.all_reduce(histogram.amax, dist.ReduceOp.MAX)
         rough = torch.tensor(int(not histogram.exact), device=histogram.counts.device)
         dist.all_reduce(rough, dist.ReduceOp.MAX)

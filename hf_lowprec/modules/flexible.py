@@ -21,7 +21,7 @@ from hf_lowprec.functional_flexible import Range, count, flexible_linear
 from hf_lowprec.modules.linear import VARIANTS, LowPrecLinear
 from hf_lowprec.modules.state import LayerState
 from hf_lowprec.numerics.flexible import format_of, least_man, rounded_man, splits
-from hf_lowprec.numerics.search import Estimator, Found, Magnitudes, magnitudes_of, search
+from hf_lowprec.numerics.search import Estimator, Found, Magnitudes, column_energy, magnitudes_of, search
 from hf_lowprec.recipe import Quant, Recipe
 
 # What a layer looks at in its first batch; `calibrate` looks at everything.
@@ -82,7 +82,7 @@ class Operand:
         return Range(self.maxval, self.man, self.bits)
 
     @torch.no_grad()
-    def fit(self, seen: Magnitudes, estimator: Estimator = "mse", percentile: float = 99.99) -> Found:
+    def fit(self, seen: Magnitudes, estimator: Estimator = "output", percentile: float = 99.99) -> Found:
         """Search range and split and keep them; a maxval of 1 where there is nothing but zeros."""
         found = search(seen, self.bits, self.mans, estimator, percentile)
         self.maxval.copy_(torch.where(found.maxval > 0, found.maxval, 1.0).reshape(self.maxval.shape))
@@ -151,9 +151,16 @@ class Flexible:
         """Those that train."""
         return [p for o in (self.input, self.weight) for p in (o.maxval, o.man) if p.requires_grad]
 
-    def fit_weight(self, weight: Tensor, estimator: Estimator = "mse", percentile: float = 99.99) -> Found:
-        """Search the weight's ranges in all of it."""
-        return self.weight.fit(magnitudes_of(self._nk(weight), rows=self.weight.rows), estimator, percentile)
+    def fit_weight(
+        self, weight: Tensor, estimator: Estimator, percentile: float = 99.99, energy: Tensor | None = None
+    ) -> Found:
+        """Search the weight's ranges in all of it. energy: how much its columns count, [K]."""
+        seen = magnitudes_of(self._nk(weight), rows=self.weight.rows, weights=energy)
+        return self.weight.fit(seen, estimator, percentile)
+
+    def importance(self, weight: Tensor) -> Tensor:
+        """How much errors of the input's features count for the output: float64 [K]."""
+        return column_energy(self._nk(weight))
 
     def find(self, input: Tensor, weight: Tensor) -> None:
         """Ranges for what has none yet, from a sample of the first batch and of each row of the weight.
@@ -169,9 +176,11 @@ class Flexible:
                 )
         if not self.weight.found:
             most = _SAMPLE_OF_ROW if self.weight.rows else _SAMPLE_OF_INPUT
-            self.weight.find(magnitudes_of(self._nk(weight), rows=self.weight.rows, most=most))
+            energy = column_energy(input)
+            self.weight.find(magnitudes_of(self._nk(weight), rows=self.weight.rows, most=most, weights=energy))
         if not self.input.found and input.numel():
-            self.input.find(magnitudes_of(input, rows=False, most=_SAMPLE_OF_INPUT))
+            importance = self.importance(weight)
+            self.input.find(magnitudes_of(input, rows=False, most=_SAMPLE_OF_INPUT, weights=importance))
 
     def _nk(self, weight: Tensor) -> Tensor:
         return weight.t() if self.weight_is_kn else weight

@@ -3,10 +3,13 @@
 
     mse         the range and split of the least squared error, among amax * 2^k for k = 1, 7/8, ... -6 and then,
                 around the best of these, in steps of 1/32
+    output      the same of errors times how much they count: of an input's feature the squared length of its column of
+                the weight, of a weight's column the energy of its feature (`Magnitudes.counts`, `Histogram`). That is
+                the error of the layer's output, if errors of different elements do not know of each other
     minmax      the range ends at the amax
     percentile  at the least magnitude that so many percent of the elements do not exceed
 
-The latter two choose a free split by squared error, too. No value is read by the host, so a model can look for its
+The last two choose a free split by squared error, too. No value is read by the host, so a model can look for its
 ranges in its first training step. A tensor is looked at by magnitudes: itself, a sample of it, or a histogram
 (`Histogram`), of bounded memory whatever passes through.
 """
@@ -14,14 +17,15 @@ ranges in its first training step. A tensor is looked at by magnitudes: itself, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from hf_lowprec.numerics.flexible import flexible
 
-Estimator = Literal["mse", "minmax", "percentile"]
+Estimator = Literal["mse", "output", "minmax", "percentile"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 _COARSE = [k / 8 for k in range(8, -49, -1)]
 _FINE = [k / 32 for k in (-2, -1, 1, 2)]
 _AT_ONCE = {"cpu": 1 << 19}  # elements in one evaluation: what a cache holds
@@ -41,7 +45,7 @@ class Found(NamedTuple):
 class Magnitudes(NamedTuple):
     """What a search looks at: R rows, each with a range of its own.
 
-    values: float32 [R, S], >= 0. counts: float32 [1, S], how often each occurs, or None: once.
+    values: float32 [R, S], >= 0. counts: float32 [1, S], how often each occurs or how much it counts; None: once.
     amax: float32 [R, 1], over all elements, sampled or not.
     """
 
@@ -50,9 +54,17 @@ class Magnitudes(NamedTuple):
     amax: Tensor
 
 
-def magnitudes_of(x: Tensor, *, rows: bool, most: int | None = None) -> Magnitudes:
+def column_energy(x: Tensor) -> Tensor:
+    """Sum of squares over all but the last dimension, without non-finite elements: float64 [K]; ones for zeros."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    energy = torch.where(flat.isfinite(), flat, 0).double().square().sum(0)
+    return torch.where(energy.any(), energy, 1.0)
+
+
+def magnitudes_of(x: Tensor, *, rows: bool, most: int | None = None, weights: Tensor | None = None) -> Magnitudes:
     """Of a tensor; `rows`: each row of the matrix [R, C] by itself. Non-finite elements count as 0.
 
+    weights: how much the elements count by their place in the last dimension, [K].
     most: look at no more than about so many elements in a row (the amax is that of all), evenly spaced.
     """
     x = x.detach()
@@ -61,9 +73,13 @@ def magnitudes_of(x: Tensor, *, rows: bool, most: int | None = None) -> Magnitud
         flat = flat.new_zeros(flat.shape[0], 1)
     magnitude = torch.where(flat.isfinite(), flat.abs(), 0).float()
     amax = magnitude.amax(1, keepdim=True)
-    if most is not None:
-        magnitude = magnitude[:, :: flat.shape[1] // most | 1]  # odd: a power of two would pick few columns
-    return Magnitudes(magnitude, None, amax)
+    stride = 1 if most is None else flat.shape[1] // most | 1  # odd: a power of two would pick few columns
+    counts = None
+    if weights is not None:
+        share = (weights / weights.amax()).float()
+        place = torch.arange(0, flat.shape[1], stride, device=x.device) % len(share)
+        counts = share[place][None]
+    return Magnitudes(magnitude[:, ::stride], counts, amax)
 
 
 def squared_error(seen: Magnitudes, maxval: Tensor, man: Tensor, bits: int) -> Tensor:
@@ -91,19 +107,20 @@ def search(
 
     Raises ValueError: unknown estimator, or a percentile that is none.
     """
-    if estimator not in ("mse", "minmax", "percentile"):
-        raise ValueError(f"estimator: 'mse', 'minmax' or 'percentile', got {estimator!r}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    least_error = estimator in ("mse", "output")
     whole = seen.amax.amax()
     amax = torch.where(seen.amax > 0, seen.amax, whole)
     base = quantile(seen, percentile, amax) if estimator == "percentile" else amax
-    steps = _COARSE if estimator == "mse" else [0.0]
+    steps = _COARSE if least_error else [0.0]
     coarse = base * torch.exp2(torch.tensor(steps, device=base.device))
     found: list[tuple[Tensor, Tensor]] = []
     for m in mans:
         man = torch.full((), float(m), device=base.device)
         error, at = squared_error(seen, coarse, man, bits).min(1, keepdim=True)
         maxval = coarse.gather(1, at)
-        if estimator == "mse":
+        if least_error:
             fine = maxval * torch.exp2(torch.tensor(_FINE, device=base.device))
             better, at = squared_error(seen, fine, man, bits).min(1, keepdim=True)
             maxval = torch.where(better < error, fine.gather(1, at), maxval)
@@ -141,10 +158,20 @@ class Histogram:
     A bin holds the magnitudes whose float32 begins with the same 16 bits: 128 bins to an octave, from the smallest to
     the largest number, so that nothing is rescaled and the order of the batches does not matter. Of bfloat16 tensors
     it is exact. Of others the elements of a bin are taken to be spread over it evenly, at 4 places: for formats of
-    8 bits squared errors are within 4 % of the tensor's own (tests/numerics/test_search.py).
+    8 bits squared errors are within 5 % of the tensor's own (tests/numerics/test_search.py).
+
+    weights: how much the features [K] (the last dimension) count, float, >= 0; taken as whole numbers up to 65536, so
+        that sums do not depend on the order. None: all the same.
+    energy: with weights, the sum of squares of each feature, float64 [K].
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, weights: Tensor | None = None) -> None:
+        self.weights = self.energy = None
+        if weights is not None:
+            share = weights.detach().to(device, torch.float64)
+            share = share / share.amax().clamp(min=torch.finfo(torch.float64).tiny)
+            self.weights = (share * (1 << 16)).round().clamp(min=1).to(torch.int64)
+            self.energy = torch.zeros_like(share)
         self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
         self.amax = torch.zeros((), device=device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
@@ -162,7 +189,11 @@ class Histogram:
             self.amax = torch.maximum(self.amax, flat.amax())
         bins = (flat.view(torch.int32) >> 16).to(torch.int64)
         # Integers: the order in which a GPU adds them changes nothing.
-        self.counts.scatter_add_(0, bins, finite.to(torch.int64))
+        many = finite.to(torch.int64)
+        if self.weights is not None and self.energy is not None:
+            many = many * self.weights.expand(x.shape).reshape(-1)
+            self.energy += flat.view(-1, x.shape[-1]).double().square().sum(0)
+        self.counts.scatter_add_(0, bins, many)
 
     def magnitudes(self) -> Magnitudes:
         """For `search`; reads from the device which bins are empty."""

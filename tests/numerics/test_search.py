@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_lowprec.numerics.flexible import flexible, splits
-from hf_lowprec.numerics.search import Histogram, magnitudes_of, quantile, search, squared_error
+from hf_lowprec.numerics.search import Histogram, column_energy, magnitudes_of, quantile, search, squared_error
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -83,7 +83,7 @@ def test_quantiles() -> None:
     for percentile in (0.0, 100.1):
         with pytest.raises(ValueError, match="percentile: above 0, at most 100"):
             search(seen, 8, [3], "percentile", percentile)
-    with pytest.raises(ValueError, match="estimator: 'mse', 'minmax' or 'percentile', got 'max'"):
+    with pytest.raises(ValueError, match=r"estimator: one of mse, output, minmax, percentile, got 'max'"):
         search(seen, 8, [3], "max")  # type: ignore[arg-type]
 
 
@@ -99,14 +99,14 @@ def histogram_of(x: Tensor, parts: int, *, backwards: bool = False) -> Histogram
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_histogram_errors_are_within_4_percent(name: str) -> None:
+def test_histogram_errors_are_within_5_percent(name: str) -> None:
     """Of 16 384 elements, where each outlier has a bin of its own; the more elements there are, the less."""
     x = SAMPLES[name]
     seen, binned = magnitudes_of(x, rows=False), histogram_of(x, 7).magnitudes()
     at = x.abs().max() * torch.exp2(torch.arange(-16, 4) / 4.0)[None]
     for man in splits(8):
         exact, near = (squared_error(s, at, torch.tensor(float(man)), 8) for s in (seen, binned))
-        assert float((near / exact - 1).abs().max()) < 0.04
+        assert float((near / exact - 1).abs().max()) < 0.05
 
 
 def test_histogram_of_bfloat16_is_exact_and_blind_to_the_order() -> None:
@@ -127,3 +127,30 @@ def test_histogram_of_nothing_and_of_what_is_not_finite() -> None:
     histogram.add(torch.tensor([1.0, float("nan"), -float("inf"), 0.0]))
     histogram.add(torch.zeros(0, 3))
     assert (int(histogram.counts.sum()), int(histogram.nonfinite), float(histogram.amax)) == (2, 2, 1.0)
+
+
+def test_weights_say_how_much_features_count() -> None:
+    """As if each feature occurred so many times; in a tensor, a sample of it, and a histogram."""
+    x = normal(64, 32)
+    x[:, 0] *= 30
+    often = torch.ones(32)
+    often[1:] = 256.0
+    repeated = torch.cat([x[:, :1].repeat(1, 1), x[:, 1:].repeat(1, 256)], 1)
+    expected = search(magnitudes_of(repeated, rows=False), 8, [6])
+    found = search(magnitudes_of(x, rows=False, weights=often), 8, [6])
+    assert (
+        float(found.maxval)
+        == float(expected.maxval)
+        < 0.5 * float(search(magnitudes_of(x, rows=False), 8, [6]).maxval)
+    )
+    histogram = Histogram(x.device, often)
+    histogram.add(x[:20])
+    histogram.add(x[20:])
+    assert float(search(histogram.magnitudes(), 8, [6], "output").maxval) == pytest.approx(
+        float(found.maxval), rel=0.1
+    )
+    assert torch.allclose(histogram.energy, x.double().square().sum(0))
+    some = magnitudes_of(x, rows=False, most=100, weights=often)
+    assert some.counts.shape == some.values.shape and len(some.values[0]) < 130
+    assert int((some.counts < 1).sum()) == int(torch.isin(some.values, x[:, 0].abs()).sum())
+    assert column_energy(x * 0).tolist() == [1.0] * 32
