@@ -26,8 +26,8 @@ from hf_lowprec.numerics.flexible import flexible
 
 Estimator = Literal["mse", "output", "minmax", "percentile"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-_COARSE = [k / 8 for k in range(8, -49, -1)]
-_FINE = [k / 32 for k in (-2, -1, 1, 2)]
+_COARSE = (8, -49, -1, 8)  # arange and denominator: made on the device, as a copy would wait for it
+_FINE = (-2, 3, 1, 32)
 _AT_ONCE = {"cpu": 1 << 19}  # elements in one evaluation: what a cache holds
 _AT_ONCE_ELSEWHERE = 1 << 25
 _BINS = 1 << 15
@@ -113,24 +113,30 @@ def search(
     whole = seen.amax.amax()
     amax = torch.where(seen.amax > 0, seen.amax, whole)
     base = quantile(seen, percentile, amax) if estimator == "percentile" else amax
-    steps = _COARSE if least_error else [0.0]
-    coarse = base * torch.exp2(torch.tensor(steps, device=base.device))
+    coarse = base * _steps(_COARSE, base.device) if least_error else base
     found: list[tuple[Tensor, Tensor]] = []
+    widths = []
     for m in mans:
         man = torch.full((), float(m), device=base.device)
         error, at = squared_error(seen, coarse, man, bits).min(1, keepdim=True)
         maxval = coarse.gather(1, at)
         if least_error:
-            fine = maxval * torch.exp2(torch.tensor(_FINE, device=base.device))
+            fine = maxval * _steps(_FINE, base.device)
             better, at = squared_error(seen, fine, man, bits).min(1, keepdim=True)
             maxval = torch.where(better < error, fine.gather(1, at), maxval)
             error = torch.minimum(better, error)
         found.append((maxval, error.sum()))
+        widths.append(man)
     errors = torch.stack([error for _, error in found])
     best = errors.argmin()
     maxvals = torch.stack([maxval for maxval, _ in found])
-    widths = torch.tensor([float(m) for m in mans], device=base.device)
-    return Found(maxvals.index_select(0, best[None])[0], widths.index_select(0, best[None])[0], errors.min())
+    chosen = torch.stack(widths).index_select(0, best[None])[0]
+    return Found(maxvals.index_select(0, best[None])[0], chosen, errors.min())
+
+
+def _steps(octaves: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    start, stop, step, denominator = octaves
+    return torch.exp2(torch.arange(start, stop, step, device=device) / denominator)
 
 
 def quantile(seen: Magnitudes, percentile: float, amax: Tensor) -> Tensor:
