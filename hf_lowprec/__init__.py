@@ -21,6 +21,10 @@ _EXPORTS = {
     "revert": "conversion",
     "high_precision": "conversion",
     "invalidate": "conversion",
+    "calibrate": "calibration",
+    "save_calibration": "calibration",
+    "load_calibration": "calibration",
+    "learned_parameters": "conversion",
     "attach_optimizer": "stepping",
     "grad_scaler": "loss_scaling",
     "ConversionError": "conversion",
@@ -40,13 +44,14 @@ _EXPORTS = {
     "LowPrecRewardConfig": "integrations.trl",
     "LowPrecGRPOConfig": "integrations.trl",
 }
-_NAMESPACES = ("optim", "numerics", "monitor")
+_NAMESPACES = ("optim", "numerics", "monitor", "ptq")
 
 __all__ = [*_EXPORTS, *_NAMESPACES]
 
 if TYPE_CHECKING:
+    from hf_lowprec.calibration import calibrate, load_calibration, save_calibration
     from hf_lowprec.checkpoint import export_pretrained, load_exported
-    from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, revert
+    from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, learned_parameters, revert
     from hf_lowprec.loss_scaling import grad_scaler
     from hf_lowprec.modules import LowPrecLinear, StableEmbedding
     from hf_lowprec.presets import PRESETS

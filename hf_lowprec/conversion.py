@@ -19,6 +19,7 @@ from torch import nn
 from hf_lowprec import fusion, optim, stepping
 from hf_lowprec.describe import FP8_SINCE, MX_SINCE, native_since, recipe_since, sm
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
+from hf_lowprec.modules.flexible import Flexible, flexible_class
 from hf_lowprec.modules.linear import LowPrecMixin, original_class, set_class
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Recipe
@@ -118,11 +119,14 @@ def convert(
     for index, (name, module) in enumerate(modules.items()):
         kn = type(module) is not nn.Linear
         state = LayerState.create(chosen, index, weight_is_kn=kn, emulate=always)
+        if chosen.flexible:
+            channels = weight_of(module).shape[1 if kn else 0]
+            state.flexible = Flexible.create(chosen, channels, weight_is_kn=kn)
         if (device := weight_of(module).device).type != "meta":
             state.to(device)
         layers[name] = state
         module._lowprec = state  # type: ignore[assignment]
-        set_class(module, low_precision_class(module))  # type: ignore[arg-type]
+        set_class(module, _class_for(module, chosen))
     session = Session.begin(model, chosen, report, ScalingState(chosen, layers))
     session.options = _Options(fuse, min_numel, always)
     if layers and fuse:
@@ -137,6 +141,26 @@ def _mark(session: Session) -> None:
     """For optimizers of ours that nobody attaches."""
     optim.mark_embeddings(session.root)
     optim.mark_gemm_weights(session.root, session.weights().values())
+
+
+def _class_for(module: nn.Module, recipe: Recipe) -> type:
+    cls = low_precision_class(module)
+    assert cls is not None  # `select` has asked
+    return flexible_class(cls) if recipe.flexible else cls
+
+
+def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The ranges and mantissa widths of a converted model that train (method `learned`); empty for other recipes.
+
+    Whatever optimizer steps the weights steps them, too (`optim.ranges`). Put them into an optimizer of your own, and
+    that one alone does: a param group without weight decay. On several processes their gradients are averaged before
+    each step of an optimizer of the weights, so step that one first.
+    """
+    session = session_of(model)
+    if session is None:
+        return []
+    layers = session.scaling.layers.values()
+    return [p for layer in layers if layer.flexible is not None for p in layer.flexible.parameters()]
 
 
 def revert(model: nn.Module) -> None:

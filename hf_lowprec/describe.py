@@ -12,7 +12,18 @@ from collections.abc import Sequence
 
 from hf_lowprec.formats import FORMATS, Format, get_format
 from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
-from hf_lowprec.recipe import Accumulation, LossScale, Quant, Recipe, Residual, Rounding, RoundOff, Scaling, States
+from hf_lowprec.recipe import (
+    FLEXIBLE,
+    Accumulation,
+    LossScale,
+    Quant,
+    Recipe,
+    Residual,
+    Rounding,
+    RoundOff,
+    Scaling,
+    States,
+)
 
 GEMMS = {
     "fprop": ("output = input @ weight.T", ("input", "weight")),
@@ -30,6 +41,7 @@ _WEIGHT_CACHE_WORDS = {
     "one": "once per optimizer step, kept in one layout (1 byte per parameter), transposed in backward",
     "none": "in every forward and backward pass, nothing kept",
 }
+_SPLIT_WORDS = {"search": "searched", "learned": "learned"}
 # Formats whose products FP8 tensor cores compute: with one scale per tensor, or (MX) one per 32 elements.
 _TENSOR_CORE_FORMATS = ("e4m3fn", "e5m2")
 FP8_SINCE, MX_SINCE = (8, 9), (10, 0)
@@ -48,6 +60,9 @@ def scaling_words(scaling: Scaling) -> str:
     parts = [groups.get(scaling.granularity, f"per {scaling.granularity}").format(*scaling.block)]
     if scaling.method == "current":
         parts.append("its own amax")
+    elif scaling.method in FLEXIBLE:
+        how = {"search": "range found by calibrate", "learned": "range learned"}
+        parts.append(how[scaling.method])
     elif scaling.method == "predicted":
         parts.append("a bound on its amax known beforehand")
     else:
@@ -85,8 +100,15 @@ def quant_words(quant: Quant | None, otherwise: str) -> str:
     if quant is None:
         return otherwise
     zero = ", nothing but zero becomes zero" if quant.nonzero else ""
-    what = f"{_COMPAND_WORDS[quant.compand]}{quant.format}"
+    what = f"{_COMPAND_WORDS[quant.compand]}{format_words(quant)}"
     return f"{what}, {scaling_words(quant.scaling)}, {rounding_words(quant.rounding)}{zero}"
+
+
+def format_words(quant: Quant) -> str:
+    """The format's name, or for a free split `8 bits, split learned`."""
+    if quant.split == "fixed":
+        return quant.format
+    return f"{get_format(quant.format).bits} bits, split {_SPLIT_WORDS[quant.scaling.method]}"
 
 
 def slot_rows(recipe: Recipe) -> list[tuple[str, str, str, str, str]]:
@@ -99,7 +121,7 @@ def slot_rows(recipe: Recipe) -> list[tuple[str, str, str, str, str]]:
                 rows.append((f"{gemm} {slot}", _base(recipe), "", "", ""))
             else:
                 words = scaling_words(quant.scaling), rounding_words(quant.rounding)
-                rows.append((f"{gemm} {slot}", quant.format, *words, quant.overflow))
+                rows.append((f"{gemm} {slot}", format_words(quant), *words, quant.overflow))
     return rows
 
 
@@ -248,7 +270,7 @@ def one_line(recipe: Recipe) -> str:
 
 
 def _formats(*quants: Quant | None) -> str:
-    return " x ".join(dict.fromkeys(q.format for q in quants if q is not None))
+    return " x ".join(dict.fromkeys(format_words(q) for q in quants if q is not None))
 
 
 def _methods(recipe: Recipe) -> str:

@@ -104,7 +104,8 @@ class LinearSpec(NamedTuple):
             return None if quant is None else ops.quant_key(quant)
 
         def shared(first: Quant | None, second: Quant | None) -> bool:
-            return first is not None and first == second and first.scaling.granularity == "tensor"
+            shares = first is not None and first == second and first.scaling.granularity == "tensor"
+            return shares and not recipe.flexible  # whose layers quantise for themselves (functional_flexible)
 
         return cls(
             fprop_input=key(recipe.fprop.input),

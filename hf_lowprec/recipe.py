@@ -40,6 +40,9 @@ class RecipeError(ValueError):
     """A recipe that is unknown, malformed or contradictory. The message names the field."""
 
 
+FLEXIBLE = ("search", "learned")  # methods of Scaling that find a range, and a format if it is free
+
+
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Rounding:
     """How a value between two codes picks one of them.
@@ -64,7 +67,9 @@ class Scaling:
 
     granularity: `tensor`, `row`, `column`, `block` (`block=(k,)` along the GEMM's reduction axis), `tile` (`(m, n)`).
     method: `none` (scale 1), `static` (2**exponent), `current` (this tensor's amax), `delayed` (amax history),
-        `predicted` (optimizer states: a bound on the amax that is known before the pass over the tensor).
+        `predicted` (optimizer states: a bound on the amax that is known before the pass over the tensor),
+        `search` (`calibrate` finds it, with the least squared error, and it stays) or `learned` (trained by gradients
+        from there, or from a search over the first batch; arXiv 2208.09225): the operands of fprop, both of them.
     history, algorithm: delayed only: amax of `history` steps, their `max` or the `most_recent`.
     margin: powers of two of headroom that the scale leaves.
     snap: how the scale is rounded: `exact`; `rceil`, `ocp`, `ceil`, `even` are powers of two (OCP MX v1.0 and its
@@ -76,7 +81,7 @@ class Scaling:
 
     granularity: Literal["tensor", "row", "column", "block", "tile"] = "tensor"
     block: tuple[int, ...] = ()
-    method: Literal["none", "static", "current", "delayed", "predicted"] = "current"
+    method: Literal["none", "static", "current", "delayed", "predicted", "search", "learned"] = "current"
     exponent: int = 0
     history: int = 1
     algorithm: Literal["max", "most_recent"] = "max"
@@ -98,6 +103,11 @@ class Scaling:
             raise ValueError("history, algorithm: only for method 'delayed'")
         if self.history < 1:
             raise ValueError("history: at least 1")
+        if self.method in FLEXIBLE:
+            if self.granularity not in ("tensor", "row"):
+                raise ValueError(f"granularity: a range is {self.method} per tensor or per row")
+            if self.margin or self.snap != "exact" or self.store != "float32":
+                raise ValueError(f"margin, snap, store: method {self.method!r} finds the range itself, in float32")
         if self.exponent and self.method != "static":
             raise ValueError("exponent: only for method 'static'")
         if self.store == "e8m0" and self.snap == "exact":
@@ -115,6 +125,8 @@ class Quant:
     compand, optimizer states only: the function under which a block is quantised (`numerics.compand`): `softsign` and
         `sqrt` (FlashOptim, arXiv 2602.23349), `expand` (COAT, arXiv 2410.19313, dynamic range expansion).
     nonzero, optimizer states only: a value other than 0 never becomes 0, but the smallest code of its sign.
+    split, methods `search` and `learned` only: `free` finds, with the range, how the format's bits divide into
+        exponent and mantissa, one split per tensor; `fixed` keeps the format's own.
     """
 
     format: str
@@ -123,6 +135,7 @@ class Quant:
     overflow: Literal["saturate", "inf", "nan", "error"] = "saturate"
     compand: Literal["none", "softsign", "sqrt", "expand"] = "none"
     nonzero: bool = False
+    split: Literal["fixed", "free"] = "fixed"
 
     @field_validator("format")
     @classmethod
@@ -133,6 +146,10 @@ class Quant:
     def _check(self) -> Quant:
         if self.scaling.method == "predicted" and isinstance(get_format(self.format), Codebook):
             raise ValueError("method: predicted scaling needs a format whose rounding errors are bounded, no codebook")
+        if self.flexible:
+            self._check_flexible()
+        elif self.split != "fixed":
+            raise ValueError("split: only with method 'search' or 'learned' can the format be free")
         if self.compand == "none":
             return self
         if self.scaling.granularity != "block" or self.scaling.method != "current":
@@ -144,6 +161,24 @@ class Quant:
         if get_format(self.format).min >= 0 and self.compand != "sqrt":
             raise ValueError(f"compand: {self.compand!r} needs a signed format, {self.format} has none below zero")
         return self
+
+    def _check_flexible(self) -> None:
+        fmt, method = get_format(self.format), self.scaling.method
+        layout = isinstance(fmt, Format) and fmt == Format(fmt.exp, fmt.man)
+        if not isinstance(fmt, Format) or not layout or fmt.man < 1 or fmt.exp > 7:
+            raise ValueError(
+                f"format: method {method!r} takes signed formats without Inf and NaN, of the usual bias, with at "
+                f"least 1 mantissa bit and at most 7 exponent bits (e4m3none, e5m2none, e0m7); {self.format} is none"
+            )
+        if not 3 <= fmt.bits <= 12:
+            raise ValueError(f"format: method {method!r} takes 3 to 12 bits, {self.format} has {fmt.bits}")
+        if self.rounding != Rounding() or self.overflow != "saturate":
+            raise ValueError(f"rounding, overflow: method {method!r} rounds to nearest and saturates")
+
+    @property
+    def flexible(self) -> bool:
+        """Whether the range is searched or learned."""
+        return self.scaling.method in FLEXIBLE
 
     @property
     def states_only(self) -> str:
@@ -191,6 +226,11 @@ class RoundOff:
         if quant.states_only or quant.scaling.method == "delayed":
             raise ValueError(f"residual: {quant.states_only or 'delayed scaling'} is not for what rounding leaves")
         return self
+
+
+def _refuse_flexible(slot: str, quant: Any) -> None:
+    if isinstance(quant, Quant) and quant.flexible:
+        raise ValueError(f"{slot}: method {quant.scaling.method!r} is for the operands of linear layers")
 
 
 def _refuse_states_only(slot: str, quant: Quant | None) -> None:
@@ -342,6 +382,7 @@ class States:
         residual = self.master.residual if isinstance(self.master, RoundOff) else None
         slots = {name: getattr(self, name) for name in ("exp_avg", "exp_avg_sq", "master", "weight", "arithmetic")}
         for slot, quant in {**slots, "master.residual": residual}.items():
+            _refuse_flexible(slot, quant)
             if isinstance(quant, Quant) and quant.overflow == "error":
                 raise ValueError(f"{slot}: overflow 'error' reads every result back to the host")
         if self.min_numel < 0:
@@ -376,6 +417,7 @@ class Communication:
     @model_validator(mode="after")
     def _check(self) -> Communication:
         _refuse_states_only("gradient", self.gradient)
+        _refuse_flexible("gradient", self.gradient)
         return self
 
 
@@ -434,13 +476,15 @@ class Recipe:
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         _refuse_states_only("saved", self.saved)
+        _refuse_flexible("saved", self.saved)
         foreign = {"fprop": "grad_output", "dgrad": "input", "wgrad": "weight"}
         for gemm, slot in foreign.items():
             if getattr(getattr(self, gemm), slot) is not None:
                 raise ValueError(f"{gemm}.{slot}: {gemm} does not read {slot}")
             quants = [getattr(getattr(self, gemm), s) for s in ("input", "weight", "grad_output") if s != slot]
-            if (quants[0] is None) != (quants[1] is None):
+            if (quants[0] is None) != (quants[1] is None) and not self.flexible:
                 raise ValueError(f"{gemm}: quantise both operands or neither")
+        self._check_flexible()
         # Each operand of a layer keeps one amax history; its scale is made for the format of the first slot.
         for slot, first, second in (("input", "fprop", "wgrad"), ("weight", "fprop", "dgrad"),
                                     ("grad_output", "dgrad", "wgrad")):  # fmt: skip
@@ -450,6 +494,40 @@ class Recipe:
             if one.scaling != two.scaling or one.format != two.format:
                 raise ValueError(f"{second}.{slot}: delayed scaling needs the format and scaling of {first}.{slot}")
         return self
+
+    def _check_flexible(self) -> None:
+        """Searched and learned ranges have one backward: straight through both quantisers (arXiv 2208.09225)."""
+        gemms = {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}
+        slots = {
+            f"{gemm}.{slot}": quant
+            for gemm, policy in gemms.items()
+            for slot in ("input", "weight", "grad_output")
+            if (quant := getattr(policy, slot)) is not None
+        }
+        method = next((q.scaling.method for q in slots.values() if q.flexible), None)
+        if method is None:
+            return
+        for slot, quant in slots.items():
+            if not quant.flexible:
+                other = quant.scaling.method
+                raise ValueError(f"{slot}: method {method!r} does not go together with method {other!r}")
+            if slot.endswith("input") and quant.scaling.granularity != "tensor":
+                raise ValueError(f"{slot}: the range of an input is one for the tensor")
+        if self.wgrad.input != self.fprop.input or self.dgrad.weight != self.fprop.weight or len(slots) != 4:
+            raise ValueError(
+                f"fprop: method {method!r} trains straight through its quantisers, so dgrad.weight is fprop.weight, "
+                "wgrad.input is fprop.input, and grad_output stays empty"
+            )
+        for gemm, policy in gemms.items():
+            if policy.accumulation != Accumulation():
+                raise ValueError(f"{gemm}.accumulation: method {method!r} sums in float32")
+        if self.base == "fp16":
+            raise ValueError(f"base: method {method!r} would take the gradients of its ranges scaled; use bf16 or no")
+
+    @property
+    def flexible(self) -> bool:
+        """Whether the operands of fprop have searched or learned ranges (checked to be all or none)."""
+        return any(q is not None and q.flexible for q in (self.fprop.input, self.fprop.weight))
 
     @field_validator("modules_to_not_convert")
     @classmethod

@@ -31,6 +31,7 @@ class ConversionReport:
     emulated, why_emulated: whether GEMMs are computed slowly, and why that is so although nobody asked for it.
     optimizer: one line about the optimizer, once one is attached.
     attention, loss, loss_scale: what else was chosen for this model, in a few words.
+    formats: of calibrated models: layer -> formats of its input and of its weight; calibration: how they were found.
     """
 
     recipe: Recipe
@@ -56,6 +57,8 @@ class ConversionReport:
     attention: str | None = None
     loss: str | None = None
     loss_scale: str | None = None
+    formats: dict[str, tuple[str, str]] = field(default_factory=dict)
+    calibration: str | None = None
     _kernels_before: Counter[str] = field(default_factory=kernel_counts, repr=False)
 
     @property
@@ -93,7 +96,10 @@ class ConversionReport:
         return f"; fused: {', '.join(words)}" if words else ""
 
     def _chosen(self) -> str:
-        parts = (("attention", self.attention), ("loss", self.loss), ("loss scale", self.loss_scale))
+        parts = (
+            ("attention", self.attention), ("loss", self.loss), ("loss scale", self.loss_scale),
+            ("calibrated", self.calibration),
+        )  # fmt: skip
         return "".join(f"; {what} {words}" for what, words in parts if words is not None)
 
     def _warnings(self) -> str:
@@ -111,6 +117,8 @@ class ConversionReport:
             lines.append(f"  left alone, {reason}: {_shorten(names)}")
         for reason, names in _grouped(self.unconvertible).items():
             lines.append(f"  not a linear, {reason}: {_shorten(names)}")
+        kinds = (f"{name}: input {a}, weight {b}" for name, (a, b) in self.formats.items())
+        lines.extend(f"  calibrated {words}" for words in _kinds(kinds))
         lines.extend(self._structure())
         lines.extend(f"  ran {count} x {kernel}" for kernel, count in sorted(self.kernels.items()))
         return "\n".join(lines)

@@ -15,6 +15,7 @@ from torch import nn
 from hf_lowprec.modules import ScalingState
 from hf_lowprec.modules.linear import LowPrecMixin
 from hf_lowprec.optim.gradient import GradientQuantizer
+from hf_lowprec.optim.ranges import RangeTrainer
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Recipe, RecipeError
 from hf_lowprec.report import ConversionReport
@@ -40,6 +41,8 @@ class Session:
         self.gradients: GradientQuantizer | None = None
         if recipe.communication is not None:
             self.gradients = GradientQuantizer(recipe.communication, len(scaling.layers))
+        flexible = [layer.flexible for layer in scaling.layers.values() if layer.flexible is not None]
+        self.ranges = RangeTrainer(o for f in flexible for o in (f.input, f.weight)) if flexible else None
         self._register()
 
     @classmethod
@@ -87,6 +90,8 @@ class Session:
         out = {"version": STATE_VERSION, "recipe": self.recipe.to_dict(), "layers": self.scaling.state_dict()}
         if self.gradients is not None:
             out["gradients"] = self.gradients.state_dict()
+        if self.ranges is not None:
+            out["ranges"] = self.ranges.state_dict()
         return out
 
     def check(self, state: dict[str, Any]) -> None:
@@ -114,12 +119,16 @@ class Session:
         self.scaling.check(state.get("layers"))
         if self.gradients is not None:
             self.gradients.check(state.get("gradients"))
+        if self.ranges is not None:
+            self.ranges.check(state.get("ranges"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check(state)
         if self.gradients is not None:
             self.gradients.load_state_dict(state["gradients"])
         self.scaling.load_state_dict(state["layers"])
+        if self.ranges is not None:
+            self.ranges.load_state_dict(state["ranges"])
 
 
 def live_sessions() -> list[Session]:

@@ -2,7 +2,7 @@
 """What happens around `optimizer.step()`, for any optimizer: two global hooks and two state-dict hooks.
 
     before: weight gradients pass through the recipe's communication format (`optim/gradient.py`)
-    after:  amax histories roll, new scales, cached low-precision weights are dropped
+    after:  amax histories roll, new scales, cached low-precision weights are dropped, learned ranges step
 
 torch's global optimizer hooks fire for optimizers that a script built itself and for those that we never saw.
 The amax histories, mu, counters and the recipe ride in `optimizer.state_dict()["hf_lowprec"]`, so an unmodified
@@ -200,6 +200,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             followed.swap.post_step(optimizer, args, kwargs)
         session = followed.session()
         if session is not None:
+            if session.ranges is not None:
+                session.ranges.step(optimizer, distributed=session.scaling.distributed)
             session.scaling.roll()
         if isinstance(optimizer, optim.LowPrecOptimizer):
             for state, weight in followed.weights:

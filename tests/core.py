@@ -17,6 +17,8 @@ from hf_lowprec.presets import PRESETS
 from hf_lowprec.recipe import Quant, Recipe
 
 QUANTISING = [name for name, recipe in PRESETS.items() if recipe.quantises_gemms]
+# Those whose scales and formats a second implementation can know from the tensors alone.
+FIXED = [name for name in QUANTISING if not PRESETS[name].flexible]
 VOCAB = 32
 
 

@@ -52,7 +52,8 @@ def test_one_graph_with_the_numbers_of_eager(name: str) -> None:
     assert all(map(same_bits, losses, expected))
     assert_same_state(model.state_dict(), eager.state_dict())
     assert_same_state(session_of(model).state_dict(), session_of(eager).state_dict())
-    assert sum(report.kernels.values()) >= 3 * 6, "compiled graphs are counted too"
+    if not report.recipe.flexible:  # whose products are torch's own
+        assert sum(report.kernels.values()) >= 3 * 6, "compiled graphs are counted too"
 
 
 def test_autocast_and_frozen_weights() -> None:

@@ -406,8 +406,10 @@ def test_non_finite_gradient_and_weight(name: str) -> None:
     result = run(spoiled, x, grad)
     rows, outputs = torch.arange(6) != 2, torch.arange(16) != 5
     assert same_bits(result["out"], expected["out"])
-    assert result["input"][2].isnan().all() and same_bits(result["input"][rows], expected["input"][rows])
-    assert result["weight"][5].isnan().all() and same_bits(result["weight"][outputs], expected["weight"][outputs])
+    # A gradient that no slot quantises goes on as it is, and its products are infinite.
+    lost = torch.isnan if PRESETS[name].dgrad.grad_output else lambda t: ~t.isfinite()
+    assert lost(result["input"][2]).all() and same_bits(result["input"][rows], expected["input"][rows])
+    assert lost(result["weight"][5]).all() and same_bits(result["weight"][outputs], expected["weight"][outputs])
     assert_same_state(scale_state(spoiled), scale_state(clean))
     assert statistics(spoiled)["lowprec/grad_output_nonfinite"] == 1.0
 

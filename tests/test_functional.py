@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from core import (
+    FIXED,
     QUANTISING,
     ReferenceLinear,
     assert_same_state,
@@ -82,7 +83,7 @@ def check(module: Any, recipe: Recipe, x: Tensor, grad: Tensor, autocast: bool =
 
 
 @pytest.mark.parametrize("setting", ["float32", "bfloat16", "autocast", "autocast of bfloat16"])
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", FIXED)
 def test_equals_slot_by_slot_reference(name: str, setting: str) -> None:
     dtype = torch.bfloat16 if "bfloat16" in setting else torch.float32
     x, grad = 3 * batch(2, 9, 32, seed=1), 1e-3 * batch(2, 9, 48, seed=2)
@@ -173,7 +174,7 @@ def saved_by(model: nn.Module, *args: Any, autocast: bool = True, **kwargs: Any)
     return saved
 
 
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", FIXED)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_saved_activations_are_quantised(name: str, autocast: bool) -> None:
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16))

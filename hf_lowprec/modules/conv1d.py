@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowprec.modules.flexible import FlexibleMixin
 from hf_lowprec.modules.linear import LowPrecMixin
 
 
@@ -13,3 +14,7 @@ class LowPrecConv1D(LowPrecMixin, Conv1D):  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         return super().extra_repr().removeprefix(", ")
+
+
+class FlexibleConv1D(FlexibleMixin, LowPrecConv1D):
+    """`Conv1D` with searched or learned ranges (`modules.flexible`)."""

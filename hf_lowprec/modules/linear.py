@@ -74,6 +74,7 @@ class LowPrecLinear(LowPrecMixin, nn.Linear):  # type: ignore[misc]
 
 
 _CLASSES: dict[type, type] = {nn.Linear: LowPrecLinear}
+VARIANTS: dict[type, type] = {}  # class with another forward -> the class above that it stands for
 
 
 def low_precision_class(module: nn.Module) -> type | None:
@@ -88,7 +89,8 @@ def low_precision_class(module: nn.Module) -> type | None:
 
 def original_class(module: nn.Module) -> type:
     """The class that `module` had before conversion. Raises TypeError: somebody subclassed it since."""
-    original = next((o for o, converted in _CLASSES.items() if type(module) is converted), None)
+    kind = VARIANTS.get(type(module), type(module))
+    original = next((o for o, converted in _CLASSES.items() if kind is converted), None)
     if original is None:
         raise TypeError(
             f"{type(module).__name__} was made from a converted layer (by a parametrization, say): remove that first"

@@ -23,6 +23,7 @@ from hf_lowprec.modules.weight_cache import WeightCache
 from hf_lowprec.recipe import Quant, Recipe, Scaling
 
 if TYPE_CHECKING:
+    from hf_lowprec.modules.flexible import Flexible
     from hf_lowprec.modules.sharing import SharedInput
 
 ROLES = ("input", "weight", "grad_output")
@@ -83,6 +84,7 @@ class LayerState:
     shared: the layers that read the same input, and what they or its producer have quantised (`modules.sharing`).
     sum_seeds: of fprop, dgrad and wgrad, where their sums round stochastically. As the seeds of operands they stay for
         an optimizer step, so that recomputed activations have the same bits, and micro-batches the same words.
+    flexible: ranges that are searched or learned (`modules.flexible`).
     """
 
     spec: LinearSpec
@@ -92,6 +94,7 @@ class LayerState:
     weight_cache: WeightCache = field(default_factory=WeightCache)
     shared: SharedInput | None = None
     sum_seeds: SumSeeds = (None, None, None)
+    flexible: Flexible | None = None
 
     @classmethod
     def create(cls, recipe: Recipe, index: int, *, weight_is_kn: bool, emulate: bool) -> LayerState:
@@ -110,6 +113,8 @@ class LayerState:
         )
         self.sum_seeds = tuple(None if seed is None else seed.to(device) for seed in self.sum_seeds)  # type: ignore[assignment]
         self.weight_cache.drop()
+        if self.flexible is not None:
+            self.flexible.to(device)
         if self.shared is not None:
             self.shared.set_operand(self.operands[0])
             self.shared.drop()
@@ -215,6 +220,8 @@ class ScalingState:
                 tensors = {k: v.clone() for k, v in operand._asdict().items() if v is not None}
                 if role in self.history:
                     tensors["history"] = self.history[role][i].clone()
+                if layer.flexible is not None:
+                    tensors.update({k: v.detach().clone() for k, v in layer.flexible.tensors(role).items()})
                 entry[role] = tensors
             sums = {f"seed_{gemm}": s.clone() for gemm, s in zip(GEMMS, layer.sum_seeds, strict=True) if s is not None}
             if sums:
@@ -250,6 +257,11 @@ class ScalingState:
                         target.copy_(tensors[key])
                 if role in self.history:
                     self.history[role][i].copy_(tensors["history"])
+                if layer.flexible is not None:
+                    for key, target in layer.flexible.tensors(role).items():
+                        target.data.copy_(tensors[key])
+            if layer.flexible is not None:
+                layer.flexible.loaded()
             for gemm, seed in zip(GEMMS, layer.sum_seeds, strict=True):
                 if seed is not None:
                     seed.copy_(state[name]["sums"][f"seed_{gemm}"])

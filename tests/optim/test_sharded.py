@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import learned_ranges
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,6 +67,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with one_process(str(tmp_path_factory.mktemp("alone"))):
         yield
+
+
+def test_learned_ranges_are_one_over_ranks(pair: Pair) -> None:
+    """Each rank finds a range in its own first batch; from the first step on all train that of the first."""
+    one, two = pair(learned_ranges.train, 0)
+    assert torch.equal(one["weight"], two["weight"])
+    assert float(two["first"]) > 4 * float(one["first"]), "found by itself"
+    assert all(map(torch.equal, one["ranges"], two["ranges"])) and float(one["ranges"][0]) < 1.5 * float(one["first"])
+    assert int(one["moments"]["step"]) == 3 and bool(one["moments"]["exp_avg_sq"].any())
+    assert torch.equal(one["moments"]["exp_avg"], two["moments"]["exp_avg"])
 
 
 # --- the number of processes ---------------------------------------------------------------------------------------
