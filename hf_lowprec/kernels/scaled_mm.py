@@ -94,9 +94,10 @@ def _narrow(
 
 
 def _k_major(x: Tensor) -> Tensor:
-    if x.stride(1) == 1 and x.stride(0) % _ALIGNMENT == 0 and x.shape[1] % _ALIGNMENT == 0:
+    row, element = x.stride()
+    if element == 1 and row % _ALIGNMENT == 0 and x.shape[1] % _ALIGNMENT == 0:
         return x
-    return transpose(x if x.stride(0) == 1 else x.contiguous(), pad_to=_ALIGNMENT)
+    return transpose(x if row == 1 else x.contiguous(), pad_to=_ALIGNMENT)
 
 
 @cache

@@ -20,11 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import numerics, ops
-from hf_lowprec.functional import Quantized
+from hf_lowprec.functional import Quantized, first_order
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, set_class
 from hf_lowprec.modules.sharing import hand_over
 from hf_lowprec.modules.state import ProducedOperand
@@ -282,7 +281,7 @@ class _GLU(torch.autograd.Function):
         return out.h
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         gate: Tensor

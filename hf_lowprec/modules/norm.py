@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
+from hf_lowprec.functional import first_order
 from hf_lowprec.modules.linear import set_class
 from hf_lowprec.modules.norm_kind import NormKind, Rule, norm_kind, rounding_rule, settings
 from hf_lowprec.ops.norm import norm, norm_backward
@@ -195,7 +195,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # as the linear layers: no second derivatives
+    @first_order  # as the linear layers: no second derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stats, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
