@@ -28,7 +28,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,55 +151,60 @@ def clocked(call: Callable[[], Any], rounds: int) -> list[float]:
     return times
 
 
-def measure(recipe: str, dtype_name: str, rounds: int, layers: int, profile: int) -> dict[str, Any]:
-    """Per layer: two models that differ by `layers` layers, so that what surrounds the layers cancels."""
-    import torch
+class Contender:
+    """Two models that differ by `layers` layers, so that what surrounds the layers cancels."""
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
-    ours = recipe != BASELINE
-    out: dict[str, Any] = {}
-    times: dict[int, list[float]] = {}
-    runs: dict[int, Any] = {}
-    found: dict[int, dict[str, Any]] = {}
-    grad = torch.ones(1, ROWS, WIDTH, dtype=dtype)
-    for size in (1, 1 + layers):
-        model = build(size, dtype)
-        # from a tensor that needs a gradient, as behind an embedding
-        x = torch.randn(1, ROWS, WIDTH, dtype=dtype, requires_grad=True)
-        runs[size] = micro_batch(model, x, grad)
-        session = prepare(model, recipe, runs[size]) if ours else None
-    with fake_gpu() if ours else nullcontext():
-        for size, run in runs.items():
+    def __init__(self, recipe: str, dtype: Any, layers: int) -> None:
+        import torch
+
+        self.layers = layers
+        self.runs: dict[int, Any] = {}
+        self.times: dict[int, list[float]] = {1: [], 1 + layers: []}
+        self.closing: list[float] = []
+        self.session: Any = None
+        self.grad = torch.ones(1, ROWS, WIDTH, dtype=dtype)
+        for size in self.times:
+            model = build(size, dtype)
+            # from a tensor that needs a gradient, as behind an embedding
+            x = torch.randn(1, ROWS, WIDTH, dtype=dtype, requires_grad=True)
+            self.runs[size] = micro_batch(model, x, self.grad)
+            if recipe != BASELINE:
+                self.session = prepare(model, recipe, self.runs[size])
+
+    def count(self) -> dict[str, Any]:
+        found = {}
+        for size, run in self.runs.items():
             for _ in range(5):
                 run()
-            found[size] = counts(run, grad)
-            times[size] = []
-        for _ in range(10):  # by turns: what else runs on the machine disturbs both
-            for size, run in runs.items():
-                times[size] += clocked(run, max(1, rounds // 10))
-        close = None
-        if session is not None:
-            from hf_lowprec.modules import weights_changed
+            found[size] = counts(run, self.grad)
+        small, large = found.values()
+        out: dict[str, Any] = {}
+        for key, value in large.items():
+            if isinstance(value, int):
+                out[key] = round((value - small[key]) / self.layers, 1)
+            else:
+                less = Counter(value)
+                less.subtract(small[key])
+                out[key] = {name: round(n / self.layers, 2) for name, n in less.items() if n}
+        return out
 
-            def close_step() -> None:
-                weights_changed()
-                session.scaling.roll()
+    def clock(self, rounds: int) -> None:
+        from hf_lowprec.modules import weights_changed
 
-            close = round(min(clocked(close_step, rounds)) / (1 + layers), 1)
-        if profile:
-            show_profile(runs[1 + layers], profile)
-    small, large = found[1], found[1 + layers]
-    for key, value in large.items():
-        if isinstance(value, int):
-            out[key] = round((value - small[key]) / layers, 1)
-        else:
-            less = Counter(value)
-            less.subtract(small[key])
-            out[key] = {name: round(n / layers, 2) for name, n in less.items() if n}
-    out["best_us"] = round((min(times[1 + layers]) - min(times[1])) / layers, 1)
-    out["median_us"] = round((statistics.median(times[1 + layers]) - statistics.median(times[1])) / layers, 1)
-    out["close_us"] = close
-    return out
+        for size, run in self.runs.items():
+            self.times[size] += clocked(run, rounds)
+        if self.session is not None:
+            self.closing += clocked(lambda: (weights_changed(), self.session.scaling.roll()), 1)
+            for run in self.runs.values():
+                run()  # casts weights again
+
+    def result(self) -> dict[str, Any]:
+        def per_layer(of: Callable[[list[float]], float]) -> float:
+            small, large = (of(times) for times in self.times.values())
+            return round((large - small) / self.layers, 1)
+
+        close = round(min(self.closing) / (1 + self.layers), 1) if self.closing else None
+        return {"best_us": per_layer(min), "median_us": per_layer(statistics.median), "close_us": close}
 
 
 def show_profile(run: Callable[[], Any], lines: int) -> None:
@@ -236,13 +240,21 @@ def main() -> int:
     if args.micro:
         args.rounds, args.layers = 10, 1
     here = environment()
+    suffix = "" if args.dtype == "fp32" else "@bf16"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    contenders = {recipe: Contender(recipe, dtype, args.layers) for recipe in (BASELINE, *args.recipes)}
     cases = []
-    baseline = BASELINE + ("" if args.dtype == "fp32" else "@bf16")
-    for recipe in (BASELINE, *args.recipes):
-        name = baseline if recipe == BASELINE else recipe + ("" if args.dtype == "fp32" else "@bf16")
-        case = {"case": name, **measure(recipe, args.dtype, args.rounds, args.layers, args.profile)}
-        cases.append({**case, "environment": here})
-        print(show(case), flush=True)
+    with fake_gpu():
+        counted = {recipe: contender.count() for recipe, contender in contenders.items()}
+        for _ in range(20):  # by turns: what else runs on the machine disturbs all alike
+            for contender in contenders.values():
+                contender.clock(max(1, args.rounds // 20))
+        for recipe, contender in contenders.items():
+            case = {"case": recipe + suffix, **contender.result(), **counted[recipe]}
+            cases.append({**case, "environment": here})
+            print(show(case), flush=True)
+            if args.profile:
+                show_profile(contender.runs[1 + args.layers], args.profile)
     out = args.out or (SCRATCH if args.micro else RESULTS) / "host.json"
     write_results(out, {"benchmark": "host", "layers": args.layers, "rounds": args.rounds, "cases": cases})
     return 0

@@ -58,8 +58,8 @@ def fake_gpu() -> Iterator[None]:
     plain = (Tensor, torch.nn.Parameter)
 
     def direct(name: str, tensor: Tensor) -> Callable[..., Any] | None:
-        torch.compiler.is_compiling()  # `registry.direct`, but for the device and the modes that count
-        torch._C._len_torch_dispatch_stack()
+        registry.is_dynamo_compiling()  # `registry.direct`, but for the device and the modes that count
+        registry._dispatch_modes()
         return registry.CUDA_KERNELS.get(name) if type(tensor) in plain else None
 
     changes: list[tuple[Any, str, Any]] = [

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import ops
@@ -43,6 +44,18 @@ def first_order(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor
         return refusing(ctx, grad) if torch.is_grad_enabled() else backward(ctx, grad)
 
     return wrapper
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply`; in eager mode without its preparations for functorch: 20 Python calls fewer."""
+    eager = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*args: Any) -> Any:
+        if is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return eager(*args)
+
+    return apply
 
 
 class OperandState(NamedTuple):
@@ -200,7 +213,7 @@ def linear(
         spec, dtype, torch.is_grad_enabled(), input_state, weight_state, grad_state, ready, quantized_weight, sum_seeds
     )
     # Not in `call`, which lives until backward.
-    out: Tensor = _Linear.apply(input, weight, bias, quantized, call)
+    out: Tensor = _apply(input, weight, bias, quantized, call)
     return out
 
 
@@ -335,6 +348,9 @@ class _Linear(torch.autograd.Function):
         if needs_bias:
             grad_bias = grads.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None
+
+
+_apply = applier(_Linear)
 
 
 def _nk(weight: Tensor, spec: LinearSpec) -> Tensor:

@@ -33,7 +33,7 @@ class Launcher:
         self._numbers: dict[Hashable, int] = {}
 
     def number(self, key: Hashable) -> int:
-        """One that stands for `key` in calls: it is hashed in no time, and calls whose integers differ may share it."""
+        """One that stands for `key` in calls, and is hashed in no time; calls whose integers differ may share it."""
         return self._numbers.setdefault(key, len(self._numbers))
 
     def __call__(
