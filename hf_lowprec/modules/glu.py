@@ -221,7 +221,7 @@ def _middle(module: Any, state: GLUState, down: nn.Module, x: Tensor) -> Tensor:
         layer = linear._lowprec
         if layer.operands[0].counts.device != gate.device:
             layer.to(gate.device)
-        reader = layer.input_operand()
+        reader = layer.input_operand(gate.numel() // 2 if packed else gate.numel())
     observe = torch.is_grad_enabled()
     call = _Call(parts.act, packed, parts.gate_first, state.saved, observe, reader, [])
     h: Tensor = _apply(gate, up, call)

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from hf_lowprec.functional import linear
 from hf_lowprec.modules.state import LayerState
 from hf_lowprec.ops import parse_quant
+from hf_lowprec.ops.registry import count
+
+FEW_TOKENS = "linear in the base precision, few tokens"
 
 
 class LowPrecMixin:
@@ -32,6 +35,9 @@ class LowPrecMixin:
     def forward(self, input: Tensor) -> Tensor:
         state = self._lowprec
         if not state.enabled:
+            return super().forward(input)  # type: ignore[misc, no-any-return]
+        if state.least and input.numel() < state.least and not torch.compiler.is_compiling():
+            count(FEW_TOKENS)
             return super().forward(input)  # type: ignore[misc, no-any-return]
         if state.operands[0].counts.device != input.device:
             state.to(input.device)
