@@ -1,34 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From which width and how many tokens on does low precision pay? Forward and backward of two Llama layers, eager.
+"""From which size and how many tokens on does low precision pay? The rule that the package follows, and a check of it.
 
-    python benchmarks/bench_breakeven.py                      every recipe below, one GPU (a minute)
+    python benchmarks/bench_breakeven.py                      every recipe below, one GPU (two minutes)
     python benchmarks/bench_breakeven.py --recipes te-current --widths 1024 4096 --tokens 2048
+    python benchmarks/bench_breakeven.py --write-rule         also writes hf_lowprec/break_even.json from `linears`
+    python benchmarks/bench_breakeven.py --ruled              the map with that rule in force, where nothing may lose
     python benchmarks/bench_breakeven.py --micro --device cpu
 
-For each width (FFN 3.5 x, heads of 64 or 128, a quarter as many KV heads) and number of tokens in a micro-batch, a
-step is four micro-batches, and weights change between steps, so that casts of weights are paid once a step, as in
+Two measurements for each width and number of tokens in a micro-batch:
+
+    linears   LINEARS square linears behind each other and nothing else, each with a cast of its own: what the rule is
+              made from. A weight of width^2 elements gains from the least number of tokens on from which on all that
+              were measured gained.
+    cells     two Llama layers (FFN 3.5 x, heads of 64 or 128, a quarter as many KV heads): the map of the figure, with
+              everything converted, and with --ruled by the rule.
+
+A step is four micro-batches, and weights change between steps, so that casts of weights are paid once a step, as in
 training. Without optimizer, embedding and head: what is compared is what `convert` changed. Baseline: the same layers
 with fp32 weights under bf16 autocast, measured in the same process right before. Cells where a recipe loses stay in.
+The host's time is in it, so the rule is of a GPU and its host.
 
-Writes results/breakeven.json: one case per recipe, with `cells` of [width, tokens, bf16 ms, ms].
+Writes results/breakeven.json: one case per recipe, `cells` and `linears` of [width, tokens, bf16 ms, ms].
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from environment import environment
+from environment import REPOSITORY, environment
 from harness import RESULTS, SCRATCH, read_cases, write_results
 
 RECIPES = ("fp8-lm", "te-current")
 WIDTHS = (1024, 2048, 3072, 4096, 6144)
 TOKENS = (512, 1024, 2048, 4096, 8192)
 MICRO_BATCHES = 4
+LINEARS = 4
+RULE = REPOSITORY / "hf_lowprec" / "break_even.json"
 
 
 def build(width: int, tokens: int, device: str) -> Any:
@@ -46,12 +59,18 @@ def build(width: int, tokens: int, device: str) -> Any:
         return LlamaModel(config).train()
 
 
-def step_time(model: Any, tokens: int, device: str, steps: int, changed: Any) -> float:
+def build_linears(width: int, device: str) -> Any:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(LINEARS))).train()
+
+
+def step_time(forward: Any, x: Any, device: str, steps: int, changed: Any) -> float:
     """Median milliseconds of a step. changed: called after each step, as an optimizer's step would change weights."""
     import torch
 
-    rows = max(1, tokens // 4096)
-    x = torch.randn(rows, tokens // rows, model.config.hidden_size, device=device, requires_grad=True)
     times = []
     for _ in range(2 + steps):
         if device == "cuda":
@@ -59,35 +78,75 @@ def step_time(model: Any, tokens: int, device: str, steps: int, changed: Any) ->
         clock = time.perf_counter()
         for _ in range(MICRO_BATCHES):
             with torch.autocast(device, torch.bfloat16):
-                out = model(inputs_embeds=x).last_hidden_state
+                out = forward(x)
             out.backward(torch.ones_like(out))
         changed()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - clock))
-        model.zero_grad(set_to_none=True)
         x.grad = None
     return statistics.median(times[2:])
 
 
-def measure(recipe: str, widths: list[int], tokens: list[int], device: str, steps: int) -> list[list[float]]:
-    import torch
-
+def pair(model: Any, forward: Any, x: Any, recipe: str, device: str, steps: int, ruled: bool) -> tuple[float, float]:
+    """Milliseconds of the model as it is, and converted."""
     import hf_lowprec
+    from hf_lowprec.conversion import session_of
+
+    def forget() -> None:
+        model.zero_grad(set_to_none=True)
+
+    base = step_time(forward, x, device, steps, forget)
+    try:
+        hf_lowprec.convert(model, recipe, **({} if ruled else {"min_numel": 0, "min_tokens": 0}))
+    except hf_lowprec.NothingConvertedError:  # the rule leaves all of it
+        return base, step_time(forward, x, device, steps, forget)
+    session = session_of(model)
+
+    def close() -> None:  # what follows an optimizer's step
+        session.scaling.roll()
+        hf_lowprec.invalidate(model)
+        forget()
+
+    return base, step_time(forward, x, device, steps, close)
+
+
+def measure(
+    recipe: str, widths: list[int], tokens: list[int], device: str, steps: int, ruled: bool, linears: bool
+) -> list[list[float]]:
+    """[width, tokens, bf16 ms, ms] of two Llama layers, or of `linears`."""
+    import torch
 
     cells = []
     for width in widths:
         for count in tokens:
-            model = build(width, count, device)
-            base = step_time(model, count, device, steps, lambda: None)
-            report = hf_lowprec.convert(model, recipe)
-            ours = step_time(model, count, device, steps, lambda m=model: hf_lowprec.invalidate(m))
+            rows = max(1, count // 4096)
+            model = build_linears(width, device) if linears else build(width, count, device)
+            forward = model if linears else lambda x, m=model: m(inputs_embeds=x).last_hidden_state
+            x = torch.randn(rows, count // rows, width, device=device, requires_grad=True)
+            base, ours = pair(model, forward, x, recipe, device, steps, ruled)
             cells.append([width, count, round(base, 3), round(ours, 3)])
-            print(f"{recipe} {width} x {count}: bf16 {base:.2f} ms, ratio {ours / base:.2f}", flush=True)
-            del model, report
+            what = f"{LINEARS} linears" if linears else "Llama"
+            print(f"{recipe} {what} {width} x {count}: bf16 {base:.2f} ms, ratio {ours / base:.2f}", flush=True)
+            del model, forward
             if device == "cuda":
                 torch.cuda.empty_cache()
     return cells
+
+
+def write_rule(path: Path, recipe: str, linears: list[list[float]], conditions: dict[str, Any]) -> None:
+    """Adds, or replaces, the rule for this GPU and recipe in the file that the package reads."""
+    from hf_lowprec.break_even import least_tokens
+
+    if conditions["gpu"] is None:
+        raise SystemExit("--write-rule: the rule is a GPU's, and there is none")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    kept = ("date", "command", "commit", "dirty", "gpu", "driver", "cpu", "libraries")
+    data["gpus"].setdefault(conditions["gpu"], {})[recipe] = {
+        "least_tokens": least_tokens(linears),
+        "environment": {key: conditions[key] for key in kept if key in conditions},
+    }
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -98,6 +157,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--micro", action="store_true", help="toy sizes, to try the script")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--write-rule", nargs="?", type=Path, const=RULE, metavar="JSON", help="default: the package's"
+    )
+    parser.add_argument("--ruled", action="store_true", help="measure the map with the package's rule in force")
     parser.add_argument("--out", type=Path, help="default: results/breakeven.json, a scratch file with --micro")
     args = parser.parse_args()
     if args.micro:
@@ -106,8 +169,15 @@ def main() -> int:
     here = environment()
     known = {case["recipe"]: case for case in read_cases(args.out)}
     for recipe in args.recipes:
-        cells = measure(recipe, args.widths, args.tokens, args.device, args.steps)
-        known[recipe] = {"recipe": recipe, "micro_batches": MICRO_BATCHES, "cells": cells, "environment": here}
+        name = f"{recipe}, by the rule" if args.ruled else recipe
+        sizes = (args.widths, args.tokens, args.device, args.steps, args.ruled)
+        case: dict[str, Any] = {"recipe": name, "micro_batches": MICRO_BATCHES, "environment": here}
+        if not args.ruled:
+            case["linears"] = measure(recipe, *sizes, True)
+            if args.write_rule is not None:
+                write_rule(args.write_rule, recipe, case["linears"], here)
+        case["cells"] = measure(recipe, *sizes, False)
+        known[name] = case
         write_results(args.out, {"benchmark": "breakeven", "cases": list(known.values())})
     return 0
 

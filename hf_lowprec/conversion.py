@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_lowprec import fusion, optim, stepping
+from hf_lowprec.break_even import break_even
 from hf_lowprec.describe import FP8_SINCE, MX_SINCE, native_since, recipe_since, sm
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.flexible import Flexible, flexible_class
@@ -24,7 +25,7 @@ from hf_lowprec.modules.linear import LowPrecMixin, original_class, set_class
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Recipe
 from hf_lowprec.report import ConversionReport
-from hf_lowprec.selection import Choice, break_even, matches, select, weight_of
+from hf_lowprec.selection import Choice, matches, select, weight_of
 from hf_lowprec.session import Session, live_sessions, session_of
 
 FUSE_ENV = "HF_LOWPREC_FUSE"
@@ -35,6 +36,7 @@ class _Options(NamedTuple):
 
     fuse: bool
     min_numel: int
+    min_tokens: int | None
     emulate: bool
 
 
@@ -55,6 +57,7 @@ def convert(
     emulate: bool = False,
     fuse: bool | None = None,
     min_numel: int | None = None,
+    min_tokens: int | None = None,
 ) -> ConversionReport:
     """Make `model` train by `recipe`, in place; Parameters keep their identity and names. Idempotent.
 
@@ -67,23 +70,28 @@ def convert(
         fuse: quantise a tensor once for all linears that read it, fuse norms and MLPs (docs/fusing.md).
             None: as the environment variable HF_LOWPREC_FUSE says, 0 or 1; it is on where that is unset.
         min_numel: leave linears in the base precision whose weight has fewer elements. None: the size below which FP8
-            gains nothing on this GPU (`selection.BREAK_EVEN`); 0: convert all sizes.
+            gains nothing on this GPU, where that was measured (`break_even`); 0: convert all sizes.
+        min_tokens: run a call of a converted linear in the base precision if its input has fewer rows (eager mode
+            only). None: as measured on this GPU for the size of the weight; 0: never.
 
     Returns: the report, also printed by `hf-lowprec inspect` and logged at `Accelerator.prepare`.
 
     Raises:
         RecipeError: unknown, planned or malformed recipe.
-        ConversionError: nn.DataParallel; already converted with another recipe, `fuse` or `min_numel` (None: as it
-            is), or now to be emulated; a GPU that cannot run it natively; a field of a user's own recipe that this
-            version does not carry out.
+        ConversionError: nn.DataParallel; already converted with another recipe, `fuse`, `min_numel` or `min_tokens`
+            (None: as it is), or now to be emulated; a GPU that cannot run it natively; a field of a user's own recipe
+            that this version does not carry out.
         NothingConvertedError: the recipe quantises GEMMs and no module qualified.
         TypeError, ValueError: an argument, or HF_LOWPREC_FUSE, is none of its values.
     """
     check_switch("fuse", fuse)
-    _check_min_numel(min_numel)
+    _check_count("min_numel", min_numel, "elements")
+    _check_count("min_tokens", min_tokens, "tokens")
     chosen = get_recipe(recipe)
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes an nn.Module, not a {type(model).__name__}: load the model first")
+    if chosen.flexible and min_tokens:
+        raise ConversionError(f"recipe {chosen.name!r}: min_tokens is for layers without searched or learned ranges")
     excluded = _patterns(modules_to_not_convert)
     if isinstance(model, nn.DataParallel):
         raise ConversionError(
@@ -94,7 +102,7 @@ def convert(
     existing = session_of(model)
     if existing is not None:
         _check_same(existing, model, chosen, excluded, module_filter_fn)
-        _check_same_options(existing, fuse, min_numel, emulate)
+        _check_same_options(existing, fuse, min_numel, min_tokens, emulate)
         _mark(existing)  # copies and new Parameters have no marks
         return existing.report
     if fuse is None:
@@ -103,8 +111,9 @@ def convert(
     _refuse_what_nothing_reads(chosen)
     emulated = _emulates(model, chosen, emulate)
     patterns = (*chosen.modules_to_not_convert, *excluded)
+    rule = None if emulated else break_even(chosen.name, _device(model))
     if min_numel is None:
-        min_numel = 0 if emulated else break_even(_device(model))
+        min_numel = 0 if rule is None else rule.min_numel
     choice = Choice(patterns, module_filter_fn, aligned=not emulated, min_numel=min_numel)
     report, modules = select(model, chosen, choice)
     why = emulation_reason(chosen, _device(model))
@@ -124,11 +133,19 @@ def convert(
             state.flexible = Flexible.create(chosen, channels, weight_is_kn=kn)
         if (device := weight_of(module).device).type != "meta":
             state.to(device)
+        least = min_tokens
+        if least is None:
+            least = 0 if rule is None else rule.tokens(weight_of(module).numel()) or 0
+        if least:
+            state.least = least * weight_of(module).shape[0 if kn else 1]
+            report.least_tokens[name] = least
         layers[name] = state
         module._lowprec = state  # type: ignore[assignment]
         set_class(module, _class_for(module, chosen))
+    if rule is not None:
+        report.measured_on = rule.measured_on
     session = Session.begin(model, chosen, report, ScalingState(chosen, layers))
-    session.options = _Options(fuse, min_numel, always)
+    session.options = _Options(fuse, min_numel, min_tokens, always)
     if layers and fuse:
         on_gpu = always and torch.cuda.is_available()
         fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
@@ -309,7 +326,9 @@ def _check_same(
         )
 
 
-def _check_same_options(existing: Session, fuse: bool | None, min_numel: int | None, emulate: bool) -> None:
+def _check_same_options(
+    existing: Session, fuse: bool | None, min_numel: int | None, min_tokens: int | None, emulate: bool
+) -> None:
     """Likewise. `emulate` cannot be left out, so False asks for nothing."""
     done = existing.options
     if not isinstance(done, _Options):
@@ -317,6 +336,7 @@ def _check_same_options(existing: Session, fuse: bool | None, min_numel: int | N
     asked = _Options(
         done.fuse if fuse is None else fuse,
         done.min_numel if min_numel is None else min_numel,
+        done.min_tokens if min_tokens is None else min_tokens,
         emulate or done.emulate,
     )
     for name, was, value in zip(_Options._fields, done, asked, strict=True):
@@ -326,13 +346,13 @@ def _check_same_options(existing: Session, fuse: bool | None, min_numel: int | N
             )
 
 
-def _check_min_numel(min_numel: object) -> None:
-    if min_numel is None:
+def _check_count(name: str, value: object, what: str) -> None:
+    if value is None:
         return
-    if isinstance(min_numel, bool) or not isinstance(min_numel, int):
-        raise TypeError(f"min_numel={min_numel!r}: a number of elements, or None")
-    if min_numel < 0:
-        raise ValueError(f"min_numel={min_numel}: 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: a number of {what}, or None")
+    if value < 0:
+        raise ValueError(f"{name}={value}: 0 or more")
 
 
 def _refuse_what_nothing_reads(recipe: Recipe) -> None:

@@ -29,6 +29,8 @@ class ConversionReport:
     mlps, unfused_mlps: MLP -> what it computes; or -> why it runs unfused.
     untraced: model or part of it -> why nobody knows which of its modules read the same tensors.
     emulated, why_emulated: whether GEMMs are computed slowly, and why that is so although nobody asked for it.
+    least_tokens: converted linear -> rows of its input below which a call runs in the base precision.
+    measured_on: the GPU on which such numbers were measured, if they were.
     optimizer: one line about the optimizer, once one is attached.
     attention, loss, loss_scale: what else was chosen for this model, in a few words.
     formats: of calibrated models: layer -> formats of its input and of its weight; calibration: how they were found.
@@ -46,6 +48,8 @@ class ConversionReport:
     mlps: dict[str, str] = field(default_factory=dict)
     unfused_mlps: dict[str, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
+    least_tokens: dict[str, int] = field(default_factory=dict)
+    measured_on: str | None = None
     parameters: int = 0
     converted_parameters: int = 0
     flops: int = 0
@@ -81,12 +85,21 @@ class ConversionReport:
     def summary(self) -> str:
         """One line for the log."""
         how = ("emulated" if self.emulated else "native") + " GEMMs"
-        how += (f" ({self.why_emulated})" if self.emulated and self.why_emulated else "") + self._fused()
+        how += f" ({self.why_emulated})" if self.emulated and self.why_emulated else ""
+        how += self._from_tokens() + self._fused()
         return (
             f"hf_lowprec: recipe {self.recipe.name}: converted {len(self.converted)} of {self.total_linears} linears "
             f"({self.parameter_share:.1%} of parameters, {self.flop_share:.1%} of layer GEMM FLOPs), {how}; "
             f"{self.optimizer}; {self.bytes_per_parameter:.2f} bytes per parameter{self._chosen()}{self._warnings()}"
         )
+
+    def _from_tokens(self) -> str:
+        """` from 1024 to 4096 tokens a call on, measured on NVIDIA H100`."""
+        if not self.least_tokens:
+            return ""
+        counts = sorted(set(self.least_tokens.values()))
+        source = "" if self.measured_on is None else f", measured on {self.measured_on}"
+        return f" from {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} tokens a call on{source}"
 
     def _fused(self) -> str:
         """`; fused: 64 of 65 norms, 32 of 32 MLPs, 64 shared inputs`, without what the model does not have."""
@@ -119,6 +132,9 @@ class ConversionReport:
             lines.append(f"  not a linear, {reason}: {_shorten(names)}")
         kinds = (f"{name}: input {a}, weight {b}" for name, (a, b) in self.formats.items())
         lines.extend(f"  calibrated {words}" for words in _kinds(kinds))
+        for tokens in sorted(set(self.least_tokens.values())):
+            few = (name for name, least in self.least_tokens.items() if least == tokens)
+            lines += [f"  base precision below {tokens} tokens a call: {words}" for words in _kinds(few)]
         lines.extend(self._structure())
         lines.extend(f"  ran {count} x {kernel}" for kernel, count in sorted(self.kernels.items()))
         return "\n".join(lines)

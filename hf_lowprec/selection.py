@@ -6,8 +6,8 @@ Every `nn.Linear` and transformers `Conv1D`, except
 - output embeddings and weights tied to an embedding (their errors reach every token, and tying shares one tensor);
 - classification and value heads (`score`, `classifier`, `v_head`, ...), adapters (LoRA A/B), MoE routers: small and
   sensitive;
-- sizes that no FP8 GEMM takes (a dimension not divisible by 16), and sizes that gain nothing from one (`BREAK_EVEN`),
-  unless the recipe is emulated;
+- sizes that no FP8 GEMM takes (a dimension not divisible by 16), and sizes that gain nothing from one
+  (`break_even`), unless the recipe is emulated;
 - what `modules_to_not_convert` names and what `module_filter_fn` refuses.
 """
 
@@ -34,11 +34,6 @@ _ALIGNMENT = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# Weights of fewer elements are left alone on GPUs of this compute capability, whatever the number of tokens: there the
-# casts cost what the FP8 GEMM gains. 0 converts all sizes.
-BREAK_EVEN: dict[tuple[int, int], int] = {(9, 0): 0}
-
-
 @dataclass(frozen=True)
 class Choice:
     """What decides besides the model and its recipe.
@@ -53,13 +48,6 @@ class Choice:
     filter_fn: Callable[[nn.Module, str], bool] | None = None
     aligned: bool = False
     min_numel: int = 0
-
-
-def break_even(device: torch.device) -> int:
-    """The least number of elements of a weight that is worth converting for a model on `device`, or going there."""
-    if not torch.cuda.device_count():
-        return 0
-    return BREAK_EVEN.get(torch.cuda.get_device_capability(device if device.type == "cuda" else None), 0)
 
 
 def select(model: nn.Module, recipe: Recipe, choice: Choice) -> tuple[ConversionReport, dict[str, nn.Module]]:

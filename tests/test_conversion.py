@@ -571,6 +571,7 @@ def test_encoder_layers_with_a_path_around_forward_are_left_alone() -> None:
 @pytest.mark.parametrize(("options", "error", "words"), [
     ({"fuse": "no"}, TypeError, "fuse='no': True, False or None"), ({"fuse": 0}, TypeError, "fuse=0"),
     ({"min_numel": -1}, ValueError, "min_numel=-1"), ({"min_numel": True}, TypeError, "min_numel=True"),
+    ({"min_tokens": -1}, ValueError, "min_tokens=-1"), ({"min_tokens": "9"}, TypeError, "min_tokens='9': a number"),
     ({"min_numel": 1.5}, TypeError, "min_numel=1.5"), ({"min_numel": "1"}, TypeError, "min_numel='1'"),
 ])  # fmt: skip
 def test_options_of_another_kind_are_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -594,7 +595,7 @@ def test_the_environment_says_0_or_1(value: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("first", "second", "words"), [
     ({"fuse": False}, {"fuse": True}, "with fuse=False, not True"), ({}, {"fuse": False}, "with fuse=True, not False"),
     ({"min_numel": 1}, {"min_numel": 2}, "with min_numel=1, not 2"), ({}, {"min_numel": 9}, "with min_numel=0, not 9"),
-    ({}, {"emulate": True}, "with emulate=False, not True"),
+    ({}, {"emulate": True}, "with emulate=False, not True"), ({}, {"min_tokens": 9}, "with min_tokens=None, not 9"),
 ])  # fmt: skip
 def test_converting_again_with_other_options_is_refused(
     first: dict[str, Any], second: dict[str, Any], words: str, copied: bool

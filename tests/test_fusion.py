@@ -14,7 +14,7 @@ from core import llama, mlp, same_bits, token_ids
 from torch import nn
 
 import hf_lowprec
-from hf_lowprec import fusion, selection
+from hf_lowprec import fusion
 from hf_lowprec.conversion import report_of, session_of
 from hf_lowprec.modules.glu import GLU
 from hf_lowprec.presets import PRESETS
@@ -406,17 +406,3 @@ def test_linears_below_the_break_even_stay_as_they_are() -> None:
     assert hf_lowprec.convert(model, "fp8-lm") is report
     with pytest.raises(hf_lowprec.ConversionError, match="FP8 gains nothing below 9999 elements"):
         hf_lowprec.convert(llama(), "fp8-lm", min_numel=9999)
-
-
-def test_the_break_even_of_the_gpu_at_hand_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hf_lowprec.convert(llama(), "fp8-lm").skipped.keys() == {"lm_head"}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert hf_lowprec.convert(llama(), "fp8-lm").skipped.keys() == {"lm_head"}, "no size has been measured to lose"
-    monkeypatch.setitem(selection.BREAK_EVEN, (9, 0), 32 * 48)
-    assert len(hf_lowprec.convert(llama(), "fp8-lm").converted) == 6
-    assert len(hf_lowprec.convert(llama(), "fp8-lm", min_numel=0).converted) == 14, "can be turned off"
-    assert len(hf_lowprec.convert(llama(), "fp8-lm", emulate=True).converted) == 14, "emulation is not for speed"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    assert len(hf_lowprec.convert(llama(), "fp8-lm").converted) == 14, "nothing is known of this GPU"

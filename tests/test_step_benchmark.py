@@ -165,7 +165,27 @@ def test_the_break_even_map_runs_at_toy_size(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     (case,) = json.loads(out.read_text())["cases"]
     assert [cell[:2] for cell in case["cells"]] == [[64, 32], [64, 64], [128, 32], [128, 64]]
-    assert all(base > 0 and ours > 0 for _, _, base, ours in case["cells"])
+    assert [cell[:2] for cell in case["linears"]] == [cell[:2] for cell in case["cells"]]
+    assert all(base > 0 and ours > 0 for _, _, base, ours in case["cells"] + case["linears"])
+
+
+def test_the_break_even_rule_is_written_as_the_package_reads_it(tmp_path: Path) -> None:
+    from bench_breakeven import RULE, write_rule
+
+    from hf_lowprec import break_even
+
+    assert RULE == break_even.PATH
+    path = tmp_path / "rule.json"
+    path.write_text('{"about": "", "gpus": {"other": {"te-current": {"least_tokens": [[4, 1]]}}}}')
+    here = {"gpu": "NVIDIA H100", "commit": "0" * 40, "cpu": "some", "platform": "left out"}
+    write_rule(path, "fp8-lm", [[4, 8, 2.0, 3.0], [4, 16, 2.0, 1.0], [8, 8, 2.0, 1.0], [8, 16, 2.0, 1.0]], here)
+    write_rule(path, "te-current", [[4, 8, 2.0, 3.0]], here)
+    gpus = json.loads(path.read_text())["gpus"]
+    assert set(gpus) == {"other", "NVIDIA H100"} and gpus["NVIDIA H100"]["fp8-lm"]["environment"]["gpu"] == here["gpu"]
+    assert break_even.find(gpus, "NVIDIA H100", "fp8-lm").steps == ((16, 16), (64, 8))
+    assert break_even.find(gpus, "NVIDIA H100", "te-current").steps == ((16, None),)
+    with pytest.raises(SystemExit, match="there is none"):
+        write_rule(path, "fp8-lm", [], {"gpu": None})
 
 
 def test_kernels_are_grouped_by_what_they_do() -> None:

@@ -144,7 +144,7 @@ def cast_transpose(
         )
         return flat if flat.dim() == 2 else flat.view(-1, c), None, used
     return triton_cast_transpose(
-        _matrix(input, c), plan, method, given,
+        input if input.is_contiguous() else _matrix(input, c), plan, method, given,
         ready=ready, partials=partials, amax=amax, counts=counts, rows=rows, columns=columns,
     )  # fmt: skip
 

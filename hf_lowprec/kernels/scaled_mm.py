@@ -47,8 +47,10 @@ def scaled_mm(
     if emulate:
         return default_scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
     named = _supported(a.device, a_quant, b_quant)
-    if not a.numel() or not b.numel():
-        out = a.new_zeros((a.shape[0], b.shape[0]), dtype=dtype)
+    m, depth = a.shape
+    n, other = b.shape
+    if not (m and n and depth and other):
+        out = a.new_zeros((m, n), dtype=dtype)
         return out if bias is None else out + bias.to(dtype)
     # cuBLASLt adds a bias in 16-bit outputs only.
     fused = bias is not None and dtype != torch.float32
@@ -57,9 +59,13 @@ def scaled_mm(
         out = mx_scaled_mm(a, a_scale, b, b_scale, added, dtype)
         count(named)
         return out if bias is None or fused else out.add_(bias)
+    if depth % _ALIGNMENT or a.stride() != (depth, 1):
+        a = _k_major(a)
+    if other % _ALIGNMENT or b.stride() != (other, 1):
+        b = _k_major(b)
     out = torch._scaled_mm(
-        _k_major(a),
-        _k_major(b).t(),
+        a,
+        b.t(),
         scale_a=a_scale,
         scale_b=b_scale,
         bias=added,
@@ -94,9 +100,11 @@ def _narrow(
 
 
 def _k_major(x: Tensor) -> Tensor:
-    if x.stride(1) == 1 and x.stride(0) % _ALIGNMENT == 0 and x.shape[1] % _ALIGNMENT == 0:
+    """`x` with its last axis contiguous, and rows that begin at multiples of 16 elements."""
+    row, element = x.stride()
+    if element == 1 and row % _ALIGNMENT == 0 and x.shape[1] % _ALIGNMENT == 0:
         return x
-    return transpose(x if x.stride(0) == 1 else x.contiguous(), pad_to=_ALIGNMENT)
+    return transpose(x if row == 1 else x.contiguous(), pad_to=_ALIGNMENT)
 
 
 @cache

@@ -20,11 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import numerics, ops
-from hf_lowprec.functional import Quantized
+from hf_lowprec.functional import Quantized, applier, first_order
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, set_class
 from hf_lowprec.modules.sharing import hand_over
 from hf_lowprec.modules.state import ProducedOperand
@@ -222,10 +221,10 @@ def _middle(module: Any, state: GLUState, down: nn.Module, x: Tensor) -> Tensor:
         layer = linear._lowprec
         if layer.operands[0].counts.device != gate.device:
             layer.to(gate.device)
-        reader = layer.input_operand()
+        reader = layer.input_operand(gate.numel() // 2 if packed else gate.numel())
     observe = torch.is_grad_enabled()
     call = _Call(parts.act, packed, parts.gate_first, state.saved, observe, reader, [])
-    h: Tensor = _GLU.apply(gate, up, call)
+    h: Tensor = _apply(gate, up, call)
     if linear is not None and call.found:
         hand_over(linear._lowprec, h, call.found.pop())
     return h
@@ -282,7 +281,7 @@ class _GLU(torch.autograd.Function):
         return out.h
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         gate: Tensor
@@ -307,3 +306,6 @@ class _GLU(torch.autograd.Function):
             grad, gate, up, call.act, grad_gate, grad_up, gate_scale=gate_scale, up_scale=up_scale, saved=call.saved
         )
         return (out, None, None) if call.packed else (out, grad_up, None)
+
+
+_apply = applier(_GLU)

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from hf_lowprec.functional import linear
 from hf_lowprec.modules.state import LayerState
 from hf_lowprec.ops import parse_quant
+from hf_lowprec.ops.registry import count
+
+FEW_TOKENS = "linear in the base precision, few tokens"
 
 
 class LowPrecMixin:
@@ -27,22 +30,29 @@ class LowPrecMixin:
     weight: Tensor
     bias: Tensor | None
     training: bool
+    _parameters: dict[str, Any]
 
     def forward(self, input: Tensor) -> Tensor:
         state = self._lowprec
         if not state.enabled:
             return super().forward(input)  # type: ignore[misc, no-any-return]
+        if state.least and input.numel() < state.least and not torch.compiler.is_compiling():
+            count(FEW_TOKENS)
+            return super().forward(input)  # type: ignore[misc, no-any-return]
         if state.operands[0].counts.device != input.device:
             state.to(input.device)
-        weight = self.weight
+        # `self.weight` is a call of nn.Module.__getattr__; a parametrized one is found by it alone.
+        own = self._parameters
+        weight = own["weight"] if "weight" in own else self.weight
+        bias = own["bias"] if "bias" in own else self.bias
         if torch.compiler.is_compiling():  # what is kept between calls would be a guard or a break
-            return linear(input, weight, self.bias, state.spec, *state.operands, sum_seeds=state.sum_seeds)
+            return linear(input, weight, bias, state.spec, *state.operands, sum_seeds=state.sum_seeds)
         quantized = None
         if state.shared is not None:
             observe = torch.is_grad_enabled()
             quantized = state.shared.quantize(state, input, observe=observe, columns=observe and weight.requires_grad)
         return linear(
-            input, weight, self.bias, state.spec, *state.operands,
+            input, weight, bias, state.spec, *state.operands,
             ready=state.ready,
             quantized=quantized,
             quantized_weight=state.weight_cache.get(

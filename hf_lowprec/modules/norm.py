@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
+from hf_lowprec.functional import applier, first_order
 from hf_lowprec.modules.linear import set_class
 from hf_lowprec.modules.norm_kind import NormKind, Rule, norm_kind, rounding_rule, settings
 from hf_lowprec.ops.norm import norm, norm_backward
@@ -180,7 +180,7 @@ def _blank(mixin: type, original: Any, known: bool = True) -> Any:
 
 def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, rule: Rule) -> Tensor:
     if torch.is_grad_enabled():
-        out: Tensor = _Norm.apply(x, weight, bias, kind, rule)
+        out: Tensor = _apply(x, weight, bias, kind, rule)
         return out
     return norm(x, weight, bias, kind.eps, kind.center, kind.plus_one, rule.mid, rule.out)[0]
 
@@ -195,7 +195,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # as the linear layers: no second derivatives
+    @first_order  # as the linear layers: no second derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stats, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -210,3 +210,6 @@ class _Norm(torch.autograd.Function):
             None,
             None,
         )
+
+
+_apply = applier(_Norm)

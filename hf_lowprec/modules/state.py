@@ -85,6 +85,7 @@ class LayerState:
     sum_seeds: of fprop, dgrad and wgrad, where their sums round stochastically. As the seeds of operands they stay for
         an optimizer step, so that recomputed activations have the same bits, and micro-batches the same words.
     flexible: ranges that are searched or learned (`modules.flexible`).
+    least: an input of fewer elements is multiplied in the base precision, in eager mode (`hf_lowprec.break_even`).
     """
 
     spec: LinearSpec
@@ -95,6 +96,7 @@ class LayerState:
     shared: SharedInput | None = None
     sum_seeds: SumSeeds = (None, None, None)
     flexible: Flexible | None = None
+    least: int = 0
 
     @classmethod
     def create(cls, recipe: Recipe, index: int, *, weight_is_kn: bool, emulate: bool) -> LayerState:
@@ -119,8 +121,10 @@ class LayerState:
             self.shared.set_operand(self.operands[0])
             self.shared.drop()
 
-    def input_operand(self) -> ProducedOperand | None:
-        """For producers of the input (`sharing.hand_over`); None: nothing can be handed over."""
+    def input_operand(self, elements: int | None = None) -> ProducedOperand | None:
+        """For producers of the input, of so many elements (`sharing.hand_over`); None: nothing can be handed over."""
+        if elements is not None and elements < self.least:
+            return None
         if not self.enabled or not self.spec.shared_input or self.spec.fprop_input is None:
             return None
         return ProducedOperand(self.spec.fprop_input, self.operands[0], self.ready[0])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 LIBRARY: Any = torch.library.Library("hf_lowprec", "DEF")
 
@@ -23,14 +24,15 @@ def direct(name: str, tensor: Tensor) -> Callable[..., Any] | None:
     """The CUDA implementation itself, where nobody stands between a call of the operator and it; else None.
 
     Spares the dispatcher, and what operators owe it: no output may be an argument. torch.compile, fake tensors,
-    tensor subclasses and dispatch modes get the operator.
+    tensor subclasses and dispatch modes get the operator. (Export and AOT compilation bring subclasses and modes.)
     """
-    if not tensor.is_cuda or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not tensor.is_cuda or is_dynamo_compiling() or _dispatch_modes():
         return None
     return CUDA_KERNELS.get(name) if type(tensor) in _PLAIN else None
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 # Incremented inside the implementations, so compiled graphs count too (a CUDA graph's replay does not run Python).
 _COUNTS: Counter[str] = Counter()

@@ -8,8 +8,7 @@ miscompiled (triton-lang/triton#11111). Bytes moved for b-byte input: n (b + 2);
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowprec.kernels.triton.cast import (
+    DELAYED,
     GIVEN,
     INTERPRETED,
     MOST_PROGRAMS,
@@ -145,29 +145,37 @@ def _cast_transpose_kernel(
         )  # fmt: skip
 
 
-class _Geometry(NamedTuple):
-    """What follows from a shape: integers of the kernel in its order, and what it specialises on in them."""
+class _Prepared(NamedTuple):
+    """What follows from the kind of a call: all but its tensors. `key` stands for it in the launcher."""
 
-    tile: Tile
-    grid: tuple[int, int, int]
-    pads: int
-    integers: tuple[int, ...]
     key: int
-
-
-@lru_cache(maxsize=4096)
-def _geometry(r: int, c: int, stride: int, tile: Tile, most: int) -> _Geometry:
-    pads = -(-r // 16)
-    programs = min(-(-r // tile.rows) * -(-c // tile.columns), most)
-    every = sample_stride(r * c)
-    key = TILES.index(tile)
-    for value in (r, c, stride, pads):
-        key = key << 3 | integer_key(value)
-    return _Geometry(tile, (programs, 1, 1), pads, (r, c, stride, pads, -(-r * c // every), every), key)
+    grid: tuple[int, int, int]
+    shape: tuple[int, int]  # of the transposed result
+    tail: tuple[Any, ...]  # of the kernel's arguments, behind the tensors
+    warps: int
 
 
 _TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 _launch = Launcher(_cast_transpose_kernel)
+_PREPARED: dict[tuple[Any, ...], _Prepared] = {}
+_MOST_PREPARED = 1 << 16  # shapes without end: start anew
+
+
+def _prepare(kind: tuple[Any, ...], plan: CastPlan) -> _Prepared:
+    """kind: as `cast_transpose` puts it together."""
+    _, r, c, stride, x_dtype, aligned, method, ready, length, *others, tile, most = kind
+    pads = -(-r // 16)
+    programs = min(-(-r // tile.rows) * -(-c // tile.columns), most)
+    every = sample_stride(r * c)
+    integers = (r, c, stride, pads, -(-r * c // every), every)
+    tail = (*integers, *plan.constants, method, ready, _TYPES[plan.dtype], length, SAMPLES, *tile[:2])
+    specialised = tuple(map(integer_key, integers[:4]))
+    # Calls that differ in integers only run the same compiled kernel.
+    key = _launch.number((plan.number, x_dtype, aligned, specialised, method, ready, length, *others, tile))
+    if len(_PREPARED) >= _MOST_PREPARED:
+        _PREPARED.clear()
+    found = _PREPARED[kind] = _Prepared(key, (programs, 1, 1), (c, pads * 16), tail, tile.warps)
+    return found
 
 
 def cast_transpose(
@@ -184,24 +192,28 @@ def cast_transpose(
     columns: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(rows, columns, scale) of a float32, bfloat16 or float16 matrix whose rows are contiguous; see `cast.cast`."""
-    r, c = x.shape
+    """(rows, columns, scale) of a float32, bfloat16 or float16 tensor; see `cast.cast`.
+
+    x: contiguous [..., C], or a matrix whose rows are contiguous.
+    """
+    c = x.shape[-1]
+    r = x.numel() // c
+    stride = c if x.is_contiguous() else x.stride(0)
     device = x.device
-    geometry = _geometry(r, c, x.stride(0), tile or TILE, MOST_PROGRAMS)
-    partial = needed_amax(x, method, given, ready, partials)
-    length = 0 if partial is None else partial.numel()
+    partial = None
+    if method != GIVEN and not (method == DELAYED and ready):
+        partial = needed_amax(x, method, given, ready, partials)
+    kind = (
+        plan.number, r, c, stride, x.dtype, x.data_ptr() % 16, method, ready,
+        0 if partial is None else partial.numel(), rows, columns, amax is None, counts is None, tile or TILE,
+        MOST_PROGRAMS,
+    )  # fmt: skip
+    how = _PREPARED.get(kind) or _prepare(kind, plan)
     out_rows = torch.empty((r, c), dtype=plan.dtype, device=device) if rows else None
-    out_columns = torch.empty((c, geometry.pads * 16), dtype=plan.dtype, device=device) if columns else None
+    out_columns = torch.empty(how.shape, dtype=plan.dtype, device=device) if columns else None
     scale = None if method == GIVEN else torch.empty((), dtype=torch.float32, device=device)
-    key = (
-        plan.number, x.dtype, x.data_ptr() % 16, geometry.key, method, ready, length, rows, columns, amax is None,
-        counts is None,
-    )  # fmt: skip
-    args = (
-        x, out_rows, out_columns, partial, given, scale, amax, counts, *geometry.integers, *plan.constants, method,
-        ready, _TYPES[plan.dtype], length, SAMPLES, *geometry.tile[:2],
-    )  # fmt: skip
-    _launch(key, x.get_device(), geometry.grid, args, num_warps=geometry.tile.warps)
+    args = (x, out_rows, out_columns, partial, given, scale, amax, counts, *how.tail)
+    _launch(how.key, x.get_device(), how.grid, args, num_warps=how.warps)
     if scale is None:
         assert given is not None
         scale = given

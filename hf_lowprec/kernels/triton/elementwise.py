@@ -17,7 +17,7 @@ _AS_BF16 = tl.constexpr("{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0,
 
 
 @triton.jit
-def tile_at(number, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+def tile_at(number, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(first row, first column) of a tile; columns run fastest."""
     across = tl.cdiv(cols, COLS)
     return (number // across).to(tl.int64) * ROWS, (number % across).to(tl.int64) * COLS

@@ -80,7 +80,7 @@ def _amax_kernel(
     of_gate = tl.zeros([ROWS, COLS], dtype=tl.float32)
     of_up = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for number in range(start, stop):
-        row, col = tile_at(number, rows, cols, ROWS, COLS)
+        row, col = tile_at(number, cols, ROWS, COLS)
         inside = within(row, col, rows, cols, ROWS, COLS)
         x = tl.load(pointers(gate_ptr, row, col, stride, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
         u = x
@@ -138,8 +138,8 @@ def _forward_kernel(
     partials, tiles, rows, samples, sample_stride, cols, stride,
     ACT: tl.constexpr, SCALE: tl.constexpr, CONSTANT: tl.constexpr, FMT_MAX: tl.constexpr, HALF_TINY: tl.constexpr,
     TOP_EXP: tl.constexpr, TOP_MAN: tl.constexpr, MARGIN: tl.constexpr, POW2: tl.constexpr,
-    SAVED: tl.constexpr, KEPT_CONSTANT: tl.constexpr, KEPT_MAX: tl.constexpr, KEPT_HALF_TINY: tl.constexpr,
-    KEPT_TOP_EXP: tl.constexpr, KEPT_TOP_MAN: tl.constexpr, KEPT_MARGIN: tl.constexpr, KEPT_POW2: tl.constexpr,
+    SAVED: tl.constexpr, KEPT_CONSTANT: tl.constexpr, KEPT_MAX: tl.constexpr, KEPT_TOP_EXP: tl.constexpr,
+    KEPT_TOP_MAN: tl.constexpr, KEPT_MARGIN: tl.constexpr, KEPT_POW2: tl.constexpr,
     REVERSE: tl.constexpr, PARTIALS: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """SCALE of h, SAVED of gate and up: where a scale comes from (`scale_for`)."""
@@ -174,7 +174,7 @@ def _forward_kernel(
         number = step
         if REVERSE:
             number = tiles - 1 - step
-        row, col = tile_at(number, rows, cols, ROWS, COLS)
+        row, col = tile_at(number, cols, ROWS, COLS)
         inside = within(row, col, rows, cols, ROWS, COLS)
         x = tl.load(pointers(gate_ptr, row, col, stride, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
         u = x
@@ -329,8 +329,8 @@ def forward(
         where, (min(tiles, PROGRAMS), 1, 1),
         (gate, up, h, q, gate_q, up_q, given, partial, scale, gate_scale, up_scale, amax, counts,
          partials, tiles, rows, -(-numel // sample_stride), sample_stride, cols, stride,
-         act, policy.scale, policy.constant, *policy.constants, keep.scale, keep.constant, *keep.constants,
-         reverse, PARTIALS, SAMPLES, *tile),
+         act, policy.scale, policy.constant, *policy.constants, keep.scale, keep.constant, keep.constants.fmt_max,
+         *keep.constants[2:], reverse, PARTIALS, SAMPLES, *tile),
         num_warps=WARPS,
     )  # fmt: skip
     return out

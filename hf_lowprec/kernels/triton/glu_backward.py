@@ -31,7 +31,7 @@ def _backward_kernel(
         gate_scale = tl.load(gate_scale_ptr)
         if GATED:
             up_scale = tl.load(up_scale_ptr)
-    row, col = tile_at(tl.program_id(0), rows, cols, ROWS, COLS)
+    row, col = tile_at(tl.program_id(0), cols, ROWS, COLS)
     inside = within(row, col, rows, cols, ROWS, COLS)
     g = tl.load(pointers(grad_ptr, row, col, cols, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
     x = tl.load(pointers(gate_ptr, row, col, stride, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)

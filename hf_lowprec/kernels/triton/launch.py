@@ -30,6 +30,11 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._compiled: dict[Hashable, Any] = {}
+        self._numbers: dict[Hashable, int] = {}
+
+    def number(self, key: Hashable) -> int:
+        """One that stands for `key` in calls, and is hashed in no time; calls whose integers differ may share it."""
+        return self._numbers.setdefault(key, len(self._numbers))
 
     def __call__(
         self, key: Hashable, device: int, grid: tuple[int, int, int], args: tuple[Any, ...], **options: int

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fused Llama block costs beside its kernels: memory that it keeps for backward, and calls of the host."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in list(sys.modules):
+        if (BENCHMARKS / f"{name}.py").is_file():
+            sys.modules.pop(name)
+
+
+@pytest.mark.parametrize(("case", "stream", "hidden"), [
+    ("fp8-lm@bf16", 2, 1), ("fp8-lm+saved=bf16@bf16", 2, 2), ("fp8-lm", 4, 1), ("te-current@bf16", 2, 2),
+])  # fmt: skip
+def test_a_block_keeps_what_the_formula_says(case: str, stream: int, hidden: float) -> None:
+    pytest.importorskip("transformers")
+    from saved_bytes import formula, measure
+
+    found = measure(case, 512)
+    expected = formula(3.5, 0.25, 128, stream, hidden)
+    # Beside it one number per row for each norm, and scales.
+    assert expected <= found["total_u"] <= expected + 0.02, found["tensors"]
+
+
+def test_the_formula_is_that_of_the_committed_measurement() -> None:
+    from saved_bytes import formula
+
+    cases = {case["case"]: case for case in json.loads((BENCHMARKS / "results/saved_bytes.json").read_text())["cases"]}
+    assert all(case["width"] == 4096 for case in cases.values())
+    assert cases["fp8-lm@bf16"]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, 1), abs=0.01)
+    assert cases["fp8-lm+saved=bf16@bf16"]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, 2), abs=0.01)
+    assert cases["fp8-lm@bf16"]["total_u"] < 0.5 * cases["bf16@bf16"]["total_u"]
+
+
+def test_calls_of_the_host_per_layer() -> None:
+    """A guard: what the host does for one layer and micro-batch does not creep up unseen."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("triton")
+    import torch
+    from bench_host import Contender, fake_gpu
+
+    contender = Contender("fp8-lm", torch.bfloat16, layers=1)
+    with fake_gpu():
+        found = contender.count()
+        contender.clock(1)
+    assert found["by_kernel"] == {
+        "_scaled_mm": 21, "cast_transpose_launch": 10, "norm_forward": 2, "norm_backward": 2, "norm_sum": 2,
+        "glu_amax": 1, "glu_forward": 1, "transpose_launch": 1, "glu_backward_backward": 1,
+    }  # fmt: skip
+    assert {name: found["by_node"][name] for name in ("_LinearBackward", "_GLUBackward", "_NormBackward")} == {
+        "_LinearBackward": 7, "_GLUBackward": 1, "_NormBackward": 2
+    }  # fmt: skip
+    assert found["operators"] <= 195 and found["empties"] <= 74 and found["views"] <= 70, found["by_operator"]
+    assert found["python"] <= 1450  # it was 1840 before anybody counted
