@@ -105,10 +105,10 @@ def quant_words(quant: Quant | None, otherwise: str) -> str:
 
 
 def format_words(quant: Quant) -> str:
-    """The format's name, or for a free split `8 bits, split learned`."""
+    """The format's name, or for a free split `8 bits of learned split`."""
     if quant.split == "fixed":
         return quant.format
-    return f"{get_format(quant.format).bits} bits, split {_SPLIT_WORDS[quant.scaling.method]}"
+    return f"{get_format(quant.format).bits} bits of {_SPLIT_WORDS[quant.scaling.method]} split"
 
 
 def slot_rows(recipe: Recipe) -> list[tuple[str, str, str, str, str]]:
@@ -141,6 +141,8 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
             )
         rows.append(("weight gradients", words))
     rows.append(("loss scale", loss_scale_words(recipe.loss_scale)))
+    if recipe.flexible and "learned" in {q.scaling.method for q in (recipe.fprop.input, recipe.fprop.weight) if q}:
+        rows.append(("learned ranges", "with every optimizer step, by Adam at 10 times its learning rate, no decay"))
     if recipe.quantises_gemms:
         rows.append(("saved by MLPs", _saved_words(recipe)))
         rows.append(("weight casts", _weight_cache_words(recipe)))
@@ -283,7 +285,7 @@ def _methods(recipe: Recipe) -> str:
 
     def method(quant: Quant) -> str:
         scaling = quant.scaling
-        name = {"static": "constant", "none": "no"}.get(scaling.method, scaling.method)
+        name = {"static": "constant", "none": "no", "search": "searched"}.get(scaling.method, scaling.method)
         return f"{name} ({scaling.history})" if scaling.method == "delayed" else name
 
     methods = {role: method(quant) for role, quant in quants.items() if quant is not None}

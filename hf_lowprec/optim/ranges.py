@@ -71,38 +71,46 @@ class RangeTrainer:
         theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lr = optimizer.param_groups[0]["lr"]
         self.step_count += 1
-        count = int(self.step_count)  # lives on the CPU
-        corrections = 1.0 - _BETAS[0] ** count, 1.0 - _BETAS[1] ** count
-        for (parameter, is_range), moments in zip(self.parameters, self._moments, strict=True):
-            grad = parameter.grad
-            if grad is None or id(parameter) in theirs:
-                continue
-            grad = grad * parameter * _LN2 if is_range else grad
-            first, second = (moment.to(grad.device) for moment in moments)
-            usable = grad.isfinite()
-            grad = torch.where(usable, grad, 0.0)
-            first = torch.lerp(grad, first, _BETAS[0])
-            second = torch.lerp(grad.square(), second, _BETAS[1])
-            change = RATIO * lr * (first / corrections[0]) / ((second / corrections[1]).sqrt() + _EPS)
-            change = torch.where(usable, change, 0.0)
-            parameter.copy_(parameter * torch.exp2(-change) if is_range else parameter - change)
-            for moment, new in zip(moments, (first, second), strict=True):
-                moment.data = new
+        mine = [i for i, (p, _) in enumerate(self.parameters) if p.grad is not None and id(p) not in theirs]
+        for is_range in (True, False):
+            chosen = [i for i in mine if self.parameters[i][1] is is_range]
+            if chosen:
+                self._adam(chosen, lr, is_range)
         for operand in self.operands:
             operand.clamp()
         for parameter, _ in self.parameters:
             if id(parameter) not in theirs:
                 parameter.grad = None
 
+    def _adam(self, chosen: list[int], lr: float | Tensor, is_range: bool) -> None:
+        """Over all of them in one vector: thousands of them cost some thirty kernels."""
+        parameters = [self.parameters[i][0] for i in chosen]
+        home = parameters[0].device
+        value, grad = _flat(parameters, home), _flat([p.grad for p in parameters if p.grad is not None], home)
+        first, second = (_flat([self._moments[i][k] for i in chosen], home) for k in (0, 1))
+        grad = grad * value * _LN2 if is_range else grad
+        usable = grad.isfinite()
+        grad = torch.where(usable, grad, 0.0)
+        first = torch.lerp(grad, first, _BETAS[0])
+        second = torch.lerp(grad.square(), second, _BETAS[1])
+        count = int(self.step_count)  # lives on the CPU
+        size = (second / (1.0 - _BETAS[1] ** count)).sqrt() + _EPS
+        change = torch.where(usable, RATIO * lr * (first / (1.0 - _BETAS[0] ** count)) / size, 0.0)
+        value = value * torch.exp2(-change) if is_range else value - change
+        targets: list[list[Tensor]] = [[*parameters], *([self._moments[i][k] for i in chosen] for k in (0, 1))]
+        for tensors, new in zip(targets, (value, first, second), strict=True):
+            pieces = new.split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)])
+
     def _reduce(self) -> None:
         if not self._agreed:
             self._agree()
         parameters = [p for p, _ in self.parameters]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+        flat = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters], parameters[0].device)
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = piece.view_as(parameter).clone()
+            parameter.grad = piece.view_as(parameter).to(parameter.device, copy=True)
 
     def _agree(self) -> None:
         """Take the range and width of each operand from the first rank that has found them.
@@ -110,7 +118,7 @@ class RangeTrainer:
         Asked again until every operand is found on some rank (an expert may see no token for long), and then no more.
         """
         values = [p.detach().reshape(-1) for o in self.operands for p in (o.maxval, o.man)]
-        mine = torch.cat(values)
+        mine = _flat(values, values[0].device)
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, mine)
         ranks = [rank.split([v.numel() for v in values]) for rank in gathered]
@@ -148,3 +156,7 @@ class RangeTrainer:
             for moments, piece in zip(self._moments, state[key].split(sizes), strict=True):
                 moments[i].data = piece.view_as(moments[i]).to(moments[i].device, copy=True)
         self._agreed = all(o.found for o in self.operands)  # every rank loads the same
+
+
+def _flat(tensors: list[Any], device: torch.device) -> Tensor:
+    return torch.cat([t.detach().reshape(-1).to(device) for t in tensors])
