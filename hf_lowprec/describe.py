@@ -178,7 +178,9 @@ def state_rows(states: States) -> list[tuple[str, str]]:
     if states.weight is not None:
         rows.append(("GEMM weights", f"{quant_words(states.weight, '')}: the Parameter holds its master's values"))
     if states.arithmetic is not None:
-        rows.append(("update", f"every AXPY in {quant_words(states.arithmetic, '')}; the second moment in float32"))
+        rows.append(
+            ("update", f"every AXPY in {quant_words(states.arithmetic, '')}; not what makes the second moment")
+        )
     kept = [f"tensors under {states.min_numel} elements"] if states.min_numel else []
     kept += [] if states.embeddings else ["embeddings"]
     if kept:

@@ -231,3 +231,30 @@ def test_under_our_own_optimizers(states):
         assert torch.equal(model[0].weight, before) == bad
         losses.append(loss.item())
     assert losses[-1] < losses[0] and optimizer.state[model[0].weight]["step"] == 3
+
+
+def test_hfp8s_automatic_scale_comes_down_to_what_e5m2_holds():
+    """Its gradients overflow to Inf; of saturated ones nobody would hear, and the scale would stay where it is."""
+    found = {}
+    for overflow in ("inf", "saturate"):
+        recipe = PRESETS["hfp8"].to_dict() | {"name": "mine", "loss_scale": {"method": "dynamic", "init": 2.0**40}}
+        for gemm in ("dgrad", "wgrad"):
+            recipe[gemm]["grad_output"]["overflow"] = overflow
+        if overflow == "inf":
+            assert recipe["dgrad"] == PRESETS["hfp8"].to_dict()["dgrad"]
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+        hf_lowprec.convert(model, recipe)
+        optimizer = hf_lowprec.attach_optimizer(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        scaler, x, losses = hf_lowprec.grad_scaler(model), torch.randn(32, 64), []
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = (model(x) - x).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        found[overflow] = scaler.get_scale(), losses
+    assert found["saturate"][0] == 2.0**40
+    scale, losses = found["inf"]
+    assert 2.0**10 < scale < 2.0**30 and losses[0] == losses[5] and losses[-1] < 0.5 * losses[0]

@@ -147,9 +147,12 @@ def _parse(name: str) -> States:
         if name.startswith("{"):
             return _ADAPTER.validate_json(name)
     except ValidationError as error:
-        reason = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
-        raise ValueError(f"states {name!r}: {reason}") from None
+        raise ValueError(f"states {name!r}: {_reason(error)}") from None
     raise ValueError(f"unknown states {name!r}; known: {', '.join(NAMED)}, or a hf_lowprec.recipe.States")
+
+
+def _reason(error: ValidationError) -> str:
+    return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,7 +173,7 @@ def with_master(states: States, master: str | None = "default") -> States:
         (residuals of a bfloat16 Parameter: 24 and 32 bits in all), `sr` (none; the Parameter is rounded
         stochastically), None (none; it is rounded to nearest).
 
-    Raises ValueError: another name.
+    Raises ValueError: another name; one that the states' rules (`weight`, `arithmetic`) cannot have.
     """
     if master == "default":
         return states
@@ -178,7 +181,10 @@ def with_master(states: States, master: str | None = "default") -> States:
         names = ", ".join(repr(name) for name in ("default", *_MASTERS))
         raise ValueError(f"unknown master {master!r}; known: {names}")
     kept, update = _MASTERS[master]
-    return replace(states, master=kept, update=update)
+    try:
+        return replace(states, master=kept, update=update)
+    except ValidationError as error:
+        raise ValueError(f"master={master!r}: {_reason(error)}") from None
 
 
 @functools.lru_cache(maxsize=1024)

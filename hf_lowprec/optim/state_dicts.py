@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from hf_lowprec.formats import get_format
 from hf_lowprec.optim.shards import local_of, shard_of
 from hf_lowprec.optim.slots import hp_dtype, pack, read
-from hf_lowprec.optim.weights import ADAM, blank_state, check_parameter, layout, make_master
+from hf_lowprec.optim.weights import ADAM, blank_state, check_parameter, init_state, layout, make_master
 from hf_lowprec.recipe import Quant, States
 
 
@@ -133,6 +133,11 @@ def from_torch(
     for name, slot in layout(states, param.dtype, moments).items():
         if name == "master":
             out.update(make_master(param, slot, shard))
+            continue
+        if name == "round_off":
+            out.update(
+                {key: value for key, value in init_state(param, states, (), shard=shard).items() if key != "step"}
+            )
             continue
         value = state[name]
         if shard is not None and isinstance(value, Tensor) and value.dim():

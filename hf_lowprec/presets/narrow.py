@@ -19,6 +19,8 @@ HFP8_STATES = States(
 _E5M2 = Quant(format="e5m2", scaling=NONE)
 # HFP8's forward format, with ml_dtypes' NaN in place of -0: without one, nothing could say that an element overflowed.
 _E4M3 = Quant(format="e4m3b11fnuz", scaling=NONE)
+# The automatic loss scale must hear that a gradient left the format: saturated ones would let it grow for ever.
+_E5M2_INF = Quant(format="e5m2", scaling=NONE, overflow="inf")
 _CHUNKED = Accumulation(format="e6m9", chunk=64, outer="e6m9")
 _SR13 = Accumulation(format="e6m5", rounding=Rounding(mode="stochastic", bits=13))
 
@@ -35,7 +37,7 @@ RECIPES = (
     Recipe(
         name="hfp8",
         paper="Hybrid 8-bit Floating Point (HFP8) Training and Inference for Deep Neural Networks, NeurIPS 2019",
-        **_gemms(_E4M3, _E5M2, _CHUNKED),  # type: ignore[arg-type]
+        **_gemms(_E4M3, _E5M2_INF, _CHUNKED),  # type: ignore[arg-type]
         states=HFP8_STATES,
         loss_scale=LossScale(method="dynamic"),
     ),

@@ -375,3 +375,27 @@ def test_state_of_update_rules_is_resumed_bit_for_bit(tmp_path, rule):
     again.load_state(str(tmp_path / "state"))
     train(again, resumed, other, 2)
     assert torch.equal(vector(model), vector(resumed))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("hfp8", "AdamW"), ("fp8-chunked", "SGD"), ("fp8-chunked", "AdamW")])
+def test_one_word_brings_a_papers_sums_update_and_loss_scale(name, kind):
+    accelerator = Accelerator(mixed_precision=name)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+    options = SGD if kind == "SGD" else {"lr": 1e-2}
+    model, optimizer = accelerator.prepare(model, getattr(torch.optim, kind)(model.parameters(), **options))
+    assert isinstance(accelerator.scaler, StaticGradScaler) == (name == "fp8-chunked")
+    assert accelerator.scaler.get_scale() == (1000 if name == "fp8-chunked" else 65536)
+    x, losses = torch.randn(32, 64), []
+    for _ in range(25):
+        loss = (model(x).float() - x).square().mean() * (100 if kind == "SGD" else 1)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0] and not accelerator.optimizer_step_was_skipped
+    fmt = "e6m9" if name == "fp8-chunked" else "e4m3b11fnuz"
+    for p in model.parameters():
+        assert torch.equal(p.detach(), round_to_format(p.detach(), fmt))
+    assert type(optimizer.optimizer) is getattr(optim, kind)

@@ -191,7 +191,8 @@ def test_any_quant_runs_and_trains(scaling, rounding, fmt):
 def test_names_resolve_and_unknown_ones_say_what_there_is():
     param = nn.Parameter(torch.zeros(2))
     for name in st.NAMED:
-        kept = AdamW([param], states=name, master=None).param_groups[0]["states"]
+        master = "default" if st.NAMED[name].op_by_op else None  # rules of papers have one of their own
+        kept = AdamW([param], states=name, master=master).param_groups[0]["states"]
         assert st.resolve_states(kept) == st.NAMED[name]
     assert AdamW([param]).param_groups[0]["states"] == "8bit"
     with pytest.raises(ValueError, match="unknown states 'fp9'; known: fp32, bf16, 8bit"):

@@ -306,6 +306,27 @@ def test_converting_marks_and_marks_copies_again():
         assert optimizer.param_groups[0]["overrides"] == names
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adam_that_has_stepped_is_taken_over(kind):
+    params, _ = built(kind, torch.bfloat16, states="fp32")
+    own = torch.optim.AdamW(params, lr=1e-3)
+    run(params, own, range(2))
+    weights_before = weights(params).float()
+    ours = optim.AdamW.adopt(own, KINDS[kind])
+    for p in params:
+        item = ours._plan_now().of(p)
+        torch.testing.assert_close(master(ours, p), p.detach().float(), rtol=1e-3, atol=1e-6)
+        st.check_state(item.state, item.states, p, "x")
+    run(params, ours, range(2, 3))
+    assert 0 < (weights(params).float() - weights_before).abs().max() < 0.01
+    with pytest.raises(ValueError, match="an optimizer cannot know which Parameters are"):
+        other = nn.Parameter(torch.randn(64, 65))
+        stock = torch.optim.AdamW([other])
+        other.grad = torch.ones_like(other)
+        stock.step()
+        optim.AdamW.adopt(stock, KINDS[kind])
+
+
 def test_float16_parameters():
     half = nn.Parameter(torch.randn(64, 65).half())
     optim.mark_gemm_weights(nn.ParameterList([half]), [half])
