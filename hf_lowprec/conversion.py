@@ -408,6 +408,8 @@ def native_nowhere(recipe: Recipe) -> str | None:
     for quant in quants:
         if native_since(quant) is None:
             return f"recipe {recipe.name!r} uses {quant.format} per {quant.scaling.granularity}, native nowhere yet"
+    if any([q.format for q in (gemm.input, gemm.weight, gemm.grad_output) if q] == ["e5m2"] * 2 for gemm in gemms):
+        return f"recipe {recipe.name!r} multiplies e5m2 by e5m2, native nowhere yet"
     return f"recipe {recipe.name!r} has a GEMM of operands that are scaled in different ways, native nowhere yet"
 
 

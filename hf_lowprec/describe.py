@@ -318,6 +318,8 @@ def recipe_since(recipe: Recipe) -> tuple[int, int] | None:
         found = [native_since(quant) for quant in quants]
         if getattr(recipe, gemm).accumulation.format is not None or None in found or len(set(found)) > 1:
             return None
+        if [quant.format for quant in quants] == ["e5m2", "e5m2"]:  # the one pair that tensor cores do not multiply
+            return None
         since = max([since, *(f for f in found if f is not None)])
     return since
 

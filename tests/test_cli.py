@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from hf_lowprec import cli, describe, doctor, optim
-from hf_lowprec.conversion import native_problem
+from hf_lowprec.conversion import native_nowhere, native_problem
 from hf_lowprec.optim.table import named
 from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
 from hf_lowprec.recipe import Quant, Recipe, Residual, Rounding, Scaling, States
@@ -64,8 +64,8 @@ def test_needs_agrees_with_what_convert_refuses(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     mx = Quant(format="e4m3fn", scaling=Scaling(granularity="block", block=(32,), snap="ocp", store="e8m0"))
-    e3m1, plain = Quant(format="e3m1"), Quant(format="e4m3fn")
-    pairs = [(mx, mx), (e3m1, e3m1), (mx, plain), (plain, plain)]
+    e3m1, plain, e5m2 = (Quant(format=name) for name in ("e3m1", "e4m3fn", "e5m2"))
+    pairs = [(mx, mx), (e3m1, e3m1), (mx, plain), (e5m2, e5m2), (e5m2, plain)]
     own = [Recipe(name="own", fprop={"input": a, "weight": b}) for a, b in pairs]
     native = {"sm_89 or newer": capability >= (8, 9), "sm_100 or newer": capability >= (10, 0), "nowhere yet": False}
     for recipe in [*PRESETS.values(), *own]:
@@ -73,7 +73,12 @@ def test_needs_agrees_with_what_convert_refuses(monkeypatch, capability):
             found = native_problem(recipe, torch.device("cuda", 0)) is None
             assert found == native[describe.needs(recipe)], recipe.name
     needs = [describe.needs(recipe) for recipe in own]
-    assert needs == ["sm_100 or newer", "nowhere yet", "nowhere yet", "sm_89 or newer"]
+    assert needs == ["sm_100 or newer", *["nowhere yet"] * 3, "sm_89 or newer"]
+    assert [" ".join(native_nowhere(r).split()[2:]) for r in own[1:4]] == [
+        "uses e3m1 per tensor, native nowhere yet",
+        "has a GEMM of operands that are scaled in different ways, native nowhere yet",
+        "multiplies e5m2 by e5m2, native nowhere yet",
+    ]
 
 
 def test_documentation_holds_the_tables():

@@ -200,6 +200,34 @@ def test_microxcalings_rules(name: str, given: list[float], away: list[float], e
         assert not y[0, len(given) :].any()
 
 
+@pytest.mark.parametrize("mode", ["nearest", "away", "zero"])
+@pytest.mark.parametrize("name", [*ELEMENTS, "e4m3none", "e6m5", "nf4"])
+def test_the_short_way_has_the_bits_of_the_long_one(name: str, mode: str) -> None:
+    """Values without codes are decoded codes: of non-finite elements, a given scale, 16 bits and strides, too."""
+    x = blocks(400, -20, 20, seed=4)
+    for quant in (mx(name, "rceil", mode), Quant(format=name, rounding=Rounding(mode=mode))):
+        for y in (x, x.bfloat16(), x.t().contiguous().t()):
+            wanted = dequantize(quantize(y, quant), quant).to(y.dtype)
+            assert torch.equal(raw(quantize_dequantize(y, quant)), raw(wanted))
+        y = x.clone()
+        y[5, 6], y[70, 1] = INF, NAN
+        wanted = dequantize(quantize(y, quant), quant)
+        found = quantize_dequantize(y, quant)
+        assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(
+            raw(found.nan_to_num(0)), raw(wanted.nan_to_num(0))
+        )
+        scale = quantize(x, quant).scale.float() * 2
+        assert torch.equal(
+            quantize_dequantize(x, quant, scale=scale), dequantize(quantize(x, quant, scale=scale), quant)
+        )
+        y = quantize_dequantize(torch.tensor([[1.0, NAN]]), quant, scale=torch.ones(1, 1))
+        assert y[0, 1].isnan(), "also where the format has no NaN and the scale is not its own"
+
+
+def raw(x: Tensor) -> Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.itemsize])
+
+
 # --- scales ---------------------------------------------------------------------------------------------------------
 
 
