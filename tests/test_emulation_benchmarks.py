@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of emulation run at toy size, check values before they time them, and the committed table is whole."""
+"""Benchmarks of emulation run at toy size, check values before they time them; the committed table is whole."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in list(sys.modules):
+        if (BENCHMARKS / f"{name}.py").is_file():
+            sys.modules.pop(name)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, script: Any, *arguments: str) -> int:

@@ -194,5 +194,7 @@ def decoded(raw, MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr, 
         finite = (codes <= MAX_CODE) & (raw != NAN_CODE)
     value = code_values(codes, MAN, EMIN, SUBNORMAL)
     if SIGN != 0:
-        value = tl.where((raw & SIGN) != 0, -value, value)
+        # Not -value, which Triton computes as 0 - value: the sign of a zero.
+        sign = tl.where((raw & SIGN) != 0, -0x80000000, 0)
+        value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return tl.where(finite, value, 0.0), finite
