@@ -323,6 +323,29 @@ def kernels(data: dict[str, Any]) -> Figure:
     return figure
 
 
+# --- narrow sums ---------------------------------------------------------------------------------------------------
+
+
+SHADES = ("#d0553c", "#1f77d0", "#e58d78", "#8a63c9", "#b89be0", "#2a9d5c", "#74c79a", "#c03a7f", "#14508c", "#8c8c8c")
+
+
+def accumulation(data: dict[str, Any]) -> Figure:
+    """Relative error of a sum against its length, for every way of adding: one stalls, one drifts, one stays."""
+    figure = Figure(figsize=(8.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for shade, case in zip(SHADES, data["cases"], strict=True):
+        lengths, means, _ = (np.array(column, float) for column in zip(*case["points"], strict=True))
+        ls = "--" if "chunks" in case["sums"] else "-"
+        axes.plot(lengths, means, ls, marker="o", ms=4, lw=1.5, color=shade, label=case["sums"])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_ylabel("mean relative error")
+    axes.set_xlabel(f"length of the sum (values {data['values']}, {data['trials']} sums each)\n"
+                    f"{conditions(data['environment'])}", fontsize=8)  # fmt: skip
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
 # --- optimizer step ------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +418,7 @@ FIGURES: dict[str, tuple[str | None, Callable[[dict[str, Any]], Figure]]] = {
     "constant_window": ("constant_window.json", window),
     "formats_sqnr": (None, formats_sqnr),
     "number_lines": (None, number_lines),
+    "accumulation": ("accumulation.json", accumulation),
 }
 
 

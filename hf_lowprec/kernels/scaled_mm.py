@@ -18,11 +18,12 @@ from torch import Tensor
 from hf_lowprec.describe import FP8_SINCE, MX_SINCE, native_since
 from hf_lowprec.kernels.microscaling import mx_scaled_mm
 from hf_lowprec.kernels.triton.accumulate import accumulate
+from hf_lowprec.kernels.triton.any_decode import decode, decodes
 from hf_lowprec.kernels.triton.formats import covered
 from hf_lowprec.kernels.triton.transpose import transpose
 from hf_lowprec.ops.quantize import parse_quant
 from hf_lowprec.ops.registry import count
-from hf_lowprec.ops.scaled_mm import default_scaled_mm, finish_sums, parse_accumulation, sums_name
+from hf_lowprec.ops.scaled_mm import default_scaled_mm, finish_sums, multiply, parse_accumulation, sums_name
 
 _ALIGNMENT = 16
 _MX = "scaled_mm MX"
@@ -45,7 +46,7 @@ def scaled_mm(
     if accumulation:
         return _narrow(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, accumulation, seed)
     if emulate:
-        return default_scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, fast, emulate)
+        return _emulated(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype)
     named = _supported(a.device, a_quant, b_quant)
     m, depth = a.shape
     n, other = b.shape
@@ -74,6 +75,28 @@ def scaled_mm(
     )
     count(named)
     return out if bias is None or fused else out.add_(bias)
+
+
+def _emulated(
+    a: Tensor,
+    a_scale: Tensor,
+    a_quant: str,
+    b: Tensor,
+    b_scale: Tensor,
+    b_quant: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`default_scaled_mm`, whose operands a kernel decodes in one pass."""
+    qa, qb = parse_quant(a_quant), parse_quant(b_quant)
+    if not decodes(qa) or not decodes(qb):
+        return default_scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, False, True)
+    count(f"emulated {qa.format} x {qb.format}")
+    k = min(a.shape[1], b.shape[1])
+    one_scale = a_scale.numel() == 1 and b_scale.numel() == 1
+    hp_a = decode(a[:, :k], None if one_scale else a_scale, qa)
+    hp_b = decode(b[:, :k], None if one_scale else b_scale, qb)
+    return multiply(hp_a, hp_b, a_scale.float() * b_scale.float() if one_scale else None, bias, dtype)
 
 
 def _narrow(

@@ -104,15 +104,22 @@ def default_scaled_mm(
         how = parse_accumulation(accumulation)
         out = numerics.accumulate(_values(a, qa.format), _values(b, qb.format), how, seed=seed)
         return finish_sums(out, a_scale, b_scale, bias, dtype)
+    one_scale = a_scale.numel() == 1 and b_scale.numel() == 1
+    if one_scale:
+        hp_a, hp_b = _values(a, qa.format), _values(b, qb.format)
+    else:
+        hp_a = numerics.dequantize(numerics.ScaledTensor(a, a_scale), qa)
+        hp_b = numerics.dequantize(numerics.ScaledTensor(b, b_scale), qb)
+    return multiply(hp_a, hp_b, a_scale.float() * b_scale.float() if one_scale else None, bias, dtype)
+
+
+def multiply(a: Tensor, b: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """a @ b.T of float32 operands, times one scale, plus the bias, in `dtype`."""
     # Autocast reaches into operators and would turn the float32 product into a bfloat16 one.
     with torch.autocast(a.device.type, enabled=False):
-        if a_scale.numel() == 1 and b_scale.numel() == 1:
-            out = _values(a, qa.format) @ _values(b, qb.format).t()
-            out *= a_scale.float() * b_scale.float()
-        else:
-            hp_a = numerics.dequantize(numerics.ScaledTensor(a, a_scale), qa)
-            hp_b = numerics.dequantize(numerics.ScaledTensor(b, b_scale), qb)
-            out = hp_a @ hp_b.t()
+        out = a @ b.t()
+        if scale is not None:
+            out *= scale
         if bias is not None:
             out += bias.float()
         return out.to(dtype)

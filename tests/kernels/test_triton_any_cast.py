@@ -139,6 +139,42 @@ def check_scales_and_counts(any_cast: Any, device: str) -> None:
     assert not any_cast.takes(x, row, True, None), "a format without NaN cannot have its scale given"
 
 
+def check_decoding(device: str) -> int:
+    """`any_decode` against numerics.dequantize: as they lie and transposed, with scales and without, cut short."""
+    from hf_lowprec.kernels.triton import any_decode
+
+    count = 0
+    for i, quant in enumerate([*MX[::4], *OTHERS, Quant(format="e5m2", overflow="inf"), Quant(format="e4m3fn")]):
+        x = inputs(9, 75 if i % 2 else 96, torch.float32, "cpu", spoiled=True)
+        random = {"seed": SEED} if quant.rounding.mode == "stochastic" else {}
+        q, s = numerics.quantize(x, quant, **random)
+        truth = numerics.dequantize(numerics.ScaledTensor(q, s), quant)
+        given = q.t().contiguous().t() if i % 3 == 0 else q
+        assert any_decode.decodes(quant)
+        same(any_decode.decode(given.to(device), s.to(device), quant), truth, ("decode", quant))
+        bare = q.float() if q.is_floating_point() else numerics.decode(q, quant.format)
+        same(any_decode.decode(given.to(device)[:, :40], None, quant), bare[:, :40].contiguous(), ("bare", quant))
+        same(any_decode.decode(given.to(device)[:, :40], s.to(device), quant), truth[:, :40].contiguous(), quant)
+        count += 3
+    assert any_decode.decode(q[:0].to(device), None, quant).shape == (0, 75 if i % 2 else 96)
+    if device == "cpu":  # where both sum alike
+        check_emulated_products()
+    return count
+
+
+def check_emulated_products() -> None:
+    """The operator's default and what a GPU runs instead."""
+    from hf_lowprec.kernels.scaled_mm import _emulated
+    from hf_lowprec.ops.scaled_mm import default_scaled_mm
+
+    for quant in (MX[0], MX[20], OTHERS[2], Quant(format="e5m2")):
+        key = quant_key(quant)
+        a, b = (numerics.quantize(torch.randn(r, 70), quant) for r in (6, 5))
+        wide = torch.nn.functional.pad(b.qdata.view(torch.uint8), (0, 10)).view(b.qdata.dtype)  # zeros beyond K
+        arguments = (a.qdata, a.scale, key, wide, b.scale, key, torch.randn(5), torch.bfloat16)
+        same(_emulated(*arguments), default_scaled_mm(*arguments, False, True), quant)
+
+
 def test_policies_that_the_kernels_leave_to_torch() -> None:
     pytest.importorskip("triton")
     from hf_lowprec.kernels.triton.any_cast import plan_of
@@ -179,7 +215,8 @@ def compile_for_h100() -> list[str]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from hf_lowprec.kernels.triton import any_cast
+    from hf_lowprec.kernels.triton import any_cast, any_decode
+    from hf_lowprec.kernels.triton.formats import Constants
 
     done = []
     kernel = any_cast._any_cast_kernel
@@ -196,7 +233,13 @@ def compile_for_h100() -> list[str]:
         source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
         done.append(f"{quant.format} {ptx.count('st.global')}")
-    return done
+    decode = any_decode._decode_kernel
+    constants = dict(zip(decode.arg_names[8:], (2, True, 32, *Constants.of(plan.format)[:6], -1, 8, 256), strict=True))
+    types = {"raw_ptr": "*u8", "out_ptr": "*fp32", "scale_ptr": "*u8"}
+    types |= {name: "i32" for name in decode.arg_names[3:8]}
+    source = triton.compiler.ASTSource(fn=decode, signature=types, constexprs=constants)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    return [*done, f"decode {ptx.count('st.global')}"]
 
 
 def in_a_process(what: str, **environment: str) -> str:
@@ -211,19 +254,19 @@ def in_a_process(what: str, **environment: str) -> str:
 
 def test_interpreter_agrees_with_numerics() -> None:
     pytest.importorskip("triton")
-    assert int(in_a_process("interpret", TRITON_INTERPRET="1").split()[-1]) >= 130
+    assert int(in_a_process("interpret", TRITON_INTERPRET="1").split()[-1]) >= 200
 
 
 @pytest.mark.slow
 def test_compiles_for_an_h100(tmp_path: object) -> None:
     pytest.importorskip("triton")
     lines = in_a_process("compile", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
-    assert len(lines) == 5 and all(int(line.split()[1]) > 0 for line in lines)
+    assert len(lines) == 6 and all(int(line.split()[1]) > 0 for line in lines)
 
 
 @pytest.mark.gpu
 def test_gpu_agrees_with_numerics() -> None:
-    assert check_kernels("cuda") >= 130
+    assert check_kernels("cuda") + check_decoding("cuda") >= 200
 
 
 def mend_interpreter() -> None:
@@ -256,4 +299,4 @@ if __name__ == "__main__":
         from hf_lowprec.kernels.triton import any_cast
 
         any_cast.PARTIALS = 4  # programs, which the interpreter runs one by one
-        print("checked", check_kernels("cpu"))
+        print("checked", check_kernels("cpu") + check_decoding("cpu"))

@@ -25,9 +25,19 @@ from torch import Tensor
 
 from hf_lowprec.formats import Format
 from hf_lowprec.kernels.triton.cast import SAMPLES, count_sample, raise_amax
-from hf_lowprec.kernels.triton.formats import Constants, code_values, count_codes, covered, mode_of, signed_codes
+from hf_lowprec.kernels.triton.formats import (
+    Constants,
+    code_values,
+    codes_of,
+    count_codes,
+    covered,
+    mode_of,
+    nearest,
+    signed_codes,
+)
 from hf_lowprec.kernels.triton.quantize import random_words
 from hf_lowprec.numerics.codes import random_bits
+from hf_lowprec.numerics.rounding import magic_fits
 from hf_lowprec.numerics.scaling import scale_shape
 from hf_lowprec.ops.quantize import sample_stride, storage_dtype
 from hf_lowprec.recipe import Quant
@@ -90,21 +100,26 @@ def _stored_scale(scale, E8M0: tl.constexpr):
 def _result(
     x, scale, index, seed_ptr, DTYPE: tl.constexpr, VALUES: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr,
     MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr, SUBNORMAL: tl.constexpr, SIGN: tl.constexpr,
-    NAN_CODE: tl.constexpr, NEGATIVE_ZERO: tl.constexpr,
+    NAN_CODE: tl.constexpr, NEGATIVE_ZERO: tl.constexpr, LARGEST: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Codes of x / scale, or VALUES: those times the scale."""
     y = x * tl.div_rn(1.0, scale)
     words = random_words(tl.load(seed_ptr), index) if MODE == 3 else 0
-    codes = count_codes(y, words, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL)
+    if FAST:
+        near = nearest(y, MAN, EMIN, LARGEST, SUBNORMAL)
+        codes = 0 if VALUES else codes_of(near, MAN, EMIN, SUBNORMAL)
+    else:
+        codes = count_codes(y, words, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL)
+        near = code_values(codes, MAN, EMIN, SUBNORMAL) if VALUES else y
     if VALUES:
         bits = y.to(tl.int32, bitcast=True)
-        size = code_values(codes, MAN, EMIN, SUBNORMAL).to(tl.int32, bitcast=True)
+        size = near.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         sign = bits & -0x80000000
         if SIGN == 0:
             size = tl.where(bits < 0, 0, size)
             sign = sign & 0
         elif not NEGATIVE_ZERO:
-            sign = tl.where(codes == 0, 0, sign)
+            sign = tl.where(size == 0, 0, sign)
         value = (size | sign).to(tl.float32, bitcast=True) * scale
         out = tl.where((bits & 0x7F800000) == 0x7F800000, float("nan"), value)
     else:
@@ -144,7 +159,8 @@ def _any_cast_kernel(
     SNAP: tl.constexpr, MARGIN: tl.constexpr, E8M0: tl.constexpr, LARGEST: tl.constexpr, TOP_EXP: tl.constexpr,
     TOP_MAN: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
     MAX_CODE: tl.constexpr, SUBNORMAL: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr,
-    NEGATIVE_ZERO: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    NEGATIVE_ZERO: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """x [rows, cols] of any strides -> q contiguous. groups: scales of a row (blocks) or 1."""
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
@@ -173,7 +189,7 @@ def _any_cast_kernel(
             x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
             index = row[:, None] * cols + col[None, :]
             out = _result(x, scale[:, None], index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN, MAX_CODE,
-                          SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO)  # fmt: skip
+                          SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST)  # fmt: skip
             tl.store(q_ptr + index, out, mask=inside)
     else:
         col = corner + tl.arange(0, COLS).to(tl.int64)
@@ -197,7 +213,7 @@ def _any_cast_kernel(
                 if tl.program_id(0) == 0:
                     tl.store(scale_ptr, _stored_scale(scale, E8M0))
             out = _result(x, scale, index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL, SIGN,
-                          NAN_CODE, NEGATIVE_ZERO)  # fmt: skip
+                          NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST)  # fmt: skip
         else:
             COUNT: tl.constexpr = COLS // BLOCK
             number = corner // BLOCK + tl.arange(0, COUNT).to(tl.int64)
@@ -212,7 +228,7 @@ def _any_cast_kernel(
                     tl.store(scale_ptr + place, _stored_scale(scale, E8M0), mask=there)
             spread = tl.broadcast_to(scale[:, :, None], [ROWS, COUNT, BLOCK])
             out = _result(x, tl.reshape(spread, [ROWS, COLS]), index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN,
-                          MAX_CODE, SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO)  # fmt: skip
+                          MAX_CODE, SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST)  # fmt: skip
         tl.store(q_ptr + index, out, mask=inside)
 
 
@@ -257,7 +273,7 @@ def plan_of(quant: Quant) -> AnyPlan | None:
         "TOP_MAN": top & 0x7FFFFF, "MODE": mode_of(rounding.mode),
         "BITS": random_bits(rounding, fmt) if rounding.mode == "stochastic" else 0, "MAN": man, "EMIN": emin,
         "MAX_CODE": max_code, "SUBNORMAL": subnormal, "SIGN": sign, "NAN_CODE": nan_code,
-        "NEGATIVE_ZERO": negative_zero, "BLOCK": block,
+        "NEGATIVE_ZERO": negative_zero, "FAST": rounding.mode == "nearest" and magic_fits(fmt), "BLOCK": block,
     }  # fmt: skip
     method = GIVEN if constant else DELAYED if scaling.method == "delayed" else CURRENT
     return AnyPlan(quant, fmt, method, constants, block)
@@ -308,8 +324,10 @@ def quantize(
             method, given = (CURRENT, None) if scale is None else (DELAYED, scale)
     partial = None
     if method != GIVEN and plan.constants["GRANULARITY"] == 0:
-        known = partials is not None and plan.format.has_nan  # others' amaxes leave out what is not finite
-        partial = partials.view(torch.int32) if known else _partials(matrix, not plan.format.has_nan)  # type: ignore[union-attr]
+        if partials is not None and plan.format.has_nan:  # others' amaxes leave out what is not finite
+            partial = partials.view(torch.int32)
+        else:
+            partial = _partials(matrix, not plan.format.has_nan)
     dtype = x.dtype if values else storage_dtype(quant.format)
     qdata = torch.empty(x.shape, dtype=dtype, device=x.device)
     raw = qdata if values else qdata.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize])
@@ -326,8 +344,8 @@ def quantize(
     stored = None if method == GIVEN else used
     _any_cast_kernel[(programs,)](
         matrix, raw, stored, given, partial, amax, seed, rows, cols, cols if flat else matrix.stride(0),
-        1 if flat else matrix.stride(1), groups, **plan.constants, METHOD=method, VALUES=values, PARTS=1 if partial is None else partial.numel(),
-        ROWS=tile[0], COLS=tile[1], num_warps=4,
+        1 if flat else matrix.stride(1), groups, **plan.constants, METHOD=method, VALUES=values,
+        PARTS=1 if partial is None else partial.numel(), ROWS=tile[0], COLS=tile[1], num_warps=4,
     )  # fmt: skip
     assert used is not None
     if counts is not None and used.numel() == 1:

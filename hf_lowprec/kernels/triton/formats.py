@@ -125,6 +125,37 @@ def count_codes(x, words, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.conste
 
 
 @triton.jit
+def nearest(x, MAN: tl.constexpr, EMIN: tl.constexpr, LARGEST: tl.constexpr, SUBNORMAL: tl.constexpr):
+    """The nearest values by the FPU (`numerics.rounding`), for formats of `magic_fits`: a third of the instructions of
+    `count_codes`. Saturates; the sign of a zero, Inf and NaN are the caller's."""
+    C: tl.constexpr = 1.5 * 2.0 ** (23 - MAN)
+    r = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    power = (r.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    if SUBNORMAL == 0:
+        power = tl.maximum(power, 2.0**EMIN)
+    r = tl.fma(power, C, r)
+    r = tl.fma(power, -C, r)
+    if SUBNORMAL == 1:
+        r = tl.where(tl.abs(r) < 2.0**EMIN, 0.0, r)
+    return r
+
+
+@triton.jit
+def codes_of(values, MAN: tl.constexpr, EMIN: tl.constexpr, SUBNORMAL: tl.constexpr):
+    """Codes without sign of values that `nearest` gave."""
+    DROP: tl.constexpr = 23 - MAN
+    if SUBNORMAL == 0:
+        # So that the format's subnormals are float32's. Exact, and no product is flushed.
+        moved = tl.abs(values) * (2.0 ** (-126 - EMIN))
+        codes = moved.to(tl.int32, bitcast=True) >> DROP
+    else:
+        OFFSET: tl.constexpr = (EMIN + 126) << MAN
+        units = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        codes = tl.where(units == 0, 0, (units >> DROP) - OFFSET)
+    return codes
+
+
+@triton.jit
 def code_values(codes, MAN: tl.constexpr, EMIN: tl.constexpr, SUBNORMAL: tl.constexpr):
     """float32 values of codes without sign, up to MAX_CODE."""
     if SUBNORMAL == 2:
@@ -163,5 +194,7 @@ def decoded(raw, MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr, 
         finite = (codes <= MAX_CODE) & (raw != NAN_CODE)
     value = code_values(codes, MAN, EMIN, SUBNORMAL)
     if SIGN != 0:
-        value = tl.where((raw & SIGN) != 0, -value, value)
+        # Not -value, which Triton computes as 0 - value: the sign of a zero.
+        sign = tl.where((raw & SIGN) != 0, -0x80000000, 0)
+        value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return tl.where(finite, value, 0.0), finite
