@@ -16,8 +16,8 @@ overflow). A case that cannot run or diverges is recorded as such, with the reas
 
 On a GPU: 23 M parameters, 500 steps of 16 x 512 tokens of the corpus, in results/recipes.json. On a CPU a stand-in:
 0.9 M parameters on the same text as bytes, 300 steps of 4 x 64, in results/recipes_cpu.json; its times say how slow
-emulation is, and nothing about a GPU. What is emulated addition by addition comes last, as it takes much longer. Cases run in processes of their own, --jobs at a time, and one that is in the
-results with the same settings is not run again.
+emulation is, and nothing about a GPU. What is emulated addition by addition comes last, as it takes much longer.
+Cases run in processes of their own, --jobs at a time; one that is in the results with the same settings is kept.
 """
 
 from __future__ import annotations
