@@ -5,10 +5,10 @@
     python benchmarks/bench_numerics.py            # prints the table, writes benchmarks/results/numerics_cpu.json
 
 `numerics_peers.py` lists the contenders and what each of them really computes; a gate before timing holds each to it.
-Every contender runs once per round, rounds are interleaved, and the median over rounds counts: a machine that is busy
-slows all of them alike. Freed memory is kept by the process (MALLOC): the page faults of a fresh 16 MiB result would
-cost up to as much as the arithmetic, and whether they occur would depend on who ran before.
-`spread` is (third quartile - first) / median over the rounds: how far to trust a row.
+Times are the processor time of the process, so that what others do on the machine counts as little as it can (their
+use of caches and memory still does). Every contender runs once per round, rounds are interleaved, the median counts;
+`spread` is (third quartile - first) / median: how far to trust a row. Freed memory is kept by the process (MALLOC):
+the page faults of a fresh 16 MiB result would cost up to as much as the arithmetic, depending on who ran before.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):  # the first round warms up
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = time.process_time()
             function(x)
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     return times
 
 

@@ -81,6 +81,7 @@ def disagreements(text: str, recipe: Recipe) -> list[str]:
             if not any(word in before for word in (fmt, *CALLED.get(fmt, ()))):
                 wrong.append(f"{gemm}: {fmt} is nowhere on the page")
         sums = [fmt for fmt in (policy.accumulation.format, policy.accumulation.outer) if fmt is not None]
+        sums.append("e8m0")  # the format of block scales
         allowed = {spelling for fmt in (*formats, *sums) for spelling in (fmt, *CALLED.get(fmt, ()))}
         allowed |= {quant.scaling.store for quant in slots if quant is not None}  # of the scales
         for line in equations.splitlines():

@@ -78,6 +78,13 @@ def test_the_study_is_as_large_as_it_says() -> None:
     assert RecipeStudy().steps >= 500
 
 
+def test_what_is_emulated_addition_by_addition_comes_last() -> None:
+    from recipe_study import slow
+
+    assert slow("bf16") == slow("fp8-lm") == slow("bf16-sr@bf16") == slow("e4m3-second-moment") == 0
+    assert slow("e6m9-unchunked") == slow("e6m5-nearest") == 1
+
+
 def test_bytes_are_the_text(corpus: Path) -> None:
     from recipe_study import MICRO, windows
 
