@@ -216,6 +216,9 @@ class LowPrecMonitorCallback(TrainerCallback):
         if model is None or logs is None or "loss" not in logs or recipe_of(model) is None:
             return
         counters = statistics(model, reset=True)  # since the last log, so that a spike shows
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        if scaler is not None:
+            counters["lowprec/loss_scale"] = scaler.get_scale()
         logs.update(counters)  # the dict that the reporters after us receive
         state.log_history[-1].update(counters)  # a copy of it, made before any callback ran
 

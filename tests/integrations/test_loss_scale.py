@@ -226,6 +226,8 @@ def test_trainer_resumes_its_scale(tmp_path):
     whole, _ = trainer(tmp_path / "a", recipe, 5, save_strategy="steps", save_steps=3)
     whole.train()
     assert whole.accelerator.scaler.get_scale() == 32
+    scales = [entry["lowprec/loss_scale"] for entry in whole.state.log_history if "loss" in entry]
+    assert scales == [8, 16, 16, 32, 32]
     AcceleratorState._reset_state(True)
     second, _ = trainer(tmp_path / "b", recipe, 5)
     second.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))

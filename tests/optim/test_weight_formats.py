@@ -19,6 +19,7 @@ from hf_lowprec import optim
 from hf_lowprec.formats import get_format
 from hf_lowprec.numerics import dequantize, quantize, round_to_format
 from hf_lowprec.numerics.residual import rejoin
+from hf_lowprec.optim import algorithms
 from hf_lowprec.optim import states as st
 from hf_lowprec.presets import PRESETS
 from hf_lowprec.presets.fp8 import FP8_LM_O3_STATES, FP8_LM_STATES
@@ -220,6 +221,17 @@ def test_a_refused_step_changes_nothing(kind):
     params[1].grad[0, 0] = torch.nan
     optimizer.step()
     assert same(before, snapshot(optimizer)) and torch.equal(kept, weights(params)) and optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_and_whole_tensors_round_alike(kind, monkeypatch):
+    outcomes = []
+    for size in (1 << 16, 1 << 6):
+        monkeypatch.setattr(algorithms.cpu, "SLICE", size)
+        params, optimizer = built(kind, torch.bfloat16)
+        run(params, optimizer, range(2))
+        outcomes.append(snapshot(optimizer))
+    assert same(*outcomes)
 
 
 def moved(states: States, dtype: torch.dtype, rate: float = 5e-5, steps: int = 1000) -> float:
