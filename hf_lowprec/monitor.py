@@ -25,6 +25,8 @@ from hf_lowprec.conversion import high_precision
 from hf_lowprec.describe import GEMMS
 from hf_lowprec.formats import Format, get_format
 from hf_lowprec.modules.state import ROLES
+from hf_lowprec.numerics.flexible import flexible, mans_of
+from hf_lowprec.numerics.search import magnitudes_of, search
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Quant, Recipe, Scaling
 from hf_lowprec.selection import weight_of
@@ -94,7 +96,8 @@ def slots(
         recipe: whose slots; None: the one that the model was converted with. A model that was never converted can be
             asked, too: about every `nn.Linear` and transformers' `Conv1D` but its output embeddings.
 
-    Delayed, searched and learned scales are taken from the tensor's own amax here: a history of them belongs to a run.
+    Delayed scales are taken from the tensor's own amax here, since a history of them belongs to a run; ranges that are
+    searched or learned (and free splits) are searched in the tensor.
     Stochastic rounding draws its words from seed 0.
 
     Raises ValueError: no recipe given, and the model is not converted.
@@ -128,8 +131,11 @@ def slots(
             for gemm, (_, names) in GEMMS.items():
                 for slot in names:
                     quant: Quant | None = getattr(getattr(chosen, gemm), slot)
-                    if quant is not None:
-                        found[name][f"{gemm} {slot}"] = slot_error(along[f"{gemm} {slot}"], quant)
+                    if quant is None:
+                        continue
+                    # Both GEMMs read one flexible operand, whose rows are output channels.
+                    tensor = along[f"fprop {slot}" if quant.flexible else f"{gemm} {slot}"]
+                    found[name][f"{gemm} {slot}"] = slot_error(tensor, quant)
 
         return layer.register_forward_hook(forward)
 
@@ -162,6 +168,15 @@ def slot_error(x: Tensor, quant: Quant) -> SlotError:
     """The loss in quantising `x` [..., K] along its last axis, by `numerics` alone; see `slots` for scales."""
     x = x.float().contiguous()
     fmt = get_format(quant.format)
+    if quant.flexible:
+        assert isinstance(fmt, Format)
+        seen = magnitudes_of(x, rows=quant.scaling.granularity == "row")
+        best = search(seen, fmt.bits, mans_of(fmt, free=quant.split == "free"))
+        maxval = best.maxval if len(best.maxval) > 1 else best.maxval[0, 0]
+        back = flexible(x, maxval, best.man, fmt.bits)
+        beyond = x.abs() > maxval * (1 + 2.0 ** -(best.man + 2))
+        shares = float(numerics.underflow_fraction(x, back)), float(beyond.sum() / max(1, x.numel()))
+        return SlotError(float(numerics.sqnr(x, back)), *shares)
     scale = None
     if quant.scaling.method not in ("none", "static", "current"):
         own = Scaling(snap=quant.scaling.snap, margin=quant.scaling.margin)

@@ -33,7 +33,7 @@ from hf_lowprec import numerics
 from hf_lowprec.calibration import moved, run_batch
 from hf_lowprec.conversion import ConversionError, session_of
 from hf_lowprec.formats import Codebook, Format, get_format
-from hf_lowprec.numerics.flexible import format_of, splits
+from hf_lowprec.numerics.flexible import format_of, mans_of
 from hf_lowprec.numerics.search import magnitudes_of, search
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Quant
@@ -143,8 +143,7 @@ def _grid(weight: Tensor, quant: Quant) -> _Grid:
     if quant.flexible:
         assert isinstance(fmt, Format)
         rows = quant.scaling.granularity == "row"
-        mans = list(splits(fmt.bits)) if quant.split == "free" else [fmt.man]
-        found = search(magnitudes_of(weight, rows=rows), fmt.bits, mans)
+        found = search(magnitudes_of(weight, rows=rows), fmt.bits, mans_of(fmt, free=quant.split == "free"))
         fmt = format_of(int(found.man), fmt.bits)
         scale = torch.where(found.maxval > 0, found.maxval, 1.0) / fmt.max
     else:

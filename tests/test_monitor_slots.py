@@ -110,3 +110,17 @@ def test_stochastic_rounding_and_a_model_that_was_never_converted() -> None:
     assert set(found) == {"up", "down"}
     nearest = slots(model, lambda: model(x).square().sum(), replace(recipe, dgrad=UNSCALED.dgrad))
     assert found["up"]["dgrad weight"].sqnr < nearest["up"]["dgrad weight"].sqnr
+
+
+def test_flexible_operands_are_searched_once_for_both_gemms() -> None:
+    """A weight by its output channels, also where dgrad reads it transposed; nothing but rounding errors is left."""
+    model, x = mlp(), torch.randn(64, 32)
+    found = slots(model, lambda: model(x).square().sum(), "fp8-flex")["up"]
+    assert set(found) == {"fprop input", "fprop weight", "dgrad weight", "wgrad input"}
+    assert found["fprop weight"] == found["dgrad weight"] and found["fprop input"] == found["wgrad input"]
+    assert 40 < found["fprop weight"].sqnr < 55 and found["fprop input"].overflow < 0.01
+    fixed = slots(model, lambda: model(x).square().sum(), {
+        "name": "e4m3", **{gemm: {slot: {"format": "e4m3none", "scaling": {"method": "search"}} for slot in used}
+                           for gemm, used in (("fprop", ("input", "weight")), ("dgrad", ("weight",)),
+                                              ("wgrad", ("input",)))}})["up"]  # fmt: skip
+    assert 28 < fixed["fprop weight"].sqnr < found["fprop weight"].sqnr - 8

@@ -20,7 +20,7 @@ from hf_lowprec.formats import Format, get_format
 from hf_lowprec.functional_flexible import Range, count, flexible_linear
 from hf_lowprec.modules.linear import VARIANTS, LowPrecLinear
 from hf_lowprec.modules.state import LayerState
-from hf_lowprec.numerics.flexible import format_of, least_man, rounded_man, splits
+from hf_lowprec.numerics.flexible import format_of, least_man, mans_of, rounded_man
 from hf_lowprec.numerics.search import Estimator, Found, Magnitudes, column_energy, magnitudes_of, search
 from hf_lowprec.recipe import Quant, Recipe
 
@@ -70,7 +70,7 @@ class Operand:
         """The mantissa widths to choose from."""
         fmt = get_format(self.quant.format)
         assert isinstance(fmt, Format)
-        return list(splits(fmt.bits)) if self.quant.split == "free" else [fmt.man]
+        return mans_of(fmt, free=self.quant.split == "free")
 
     @property
     def format(self) -> Format:

@@ -65,6 +65,11 @@ def splits(bits: int) -> range:
     return range(least_man(bits), max(bits - 1, least_man(bits) + 1))
 
 
+def mans_of(fmt: Format, *, free: bool) -> list[int]:
+    """The mantissa widths that an operand of this format may take: its own, or those of all splits of its bits."""
+    return list(splits(fmt.bits)) if free else [fmt.man]
+
+
 def format_of(man: int, bits: int) -> Format:
     """The `Format` of `bits` bits with `man` of mantissa. Raises ValueError: there is none."""
     if not least_man(bits) <= man <= bits - 1:
