@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """hf_lowprec::quantize and ::cast_transpose on CUDA: fused kernels for per-tensor FP8 and FP16 (`triton.cast`), one
-family for every other format, rounding and granularity (`triton.any_cast`), plain torch for the rest: codebooks,
-overflow other than saturation, tiles."""
+family for other formats, roundings, overflows and granularities (`triton.any_cast`), plain torch for the rest:
+codebooks, columns and tiles, formats without NaN whose scale is given."""
 
 from __future__ import annotations
 

@@ -198,6 +198,26 @@ def test_recipes_on_a_gpu_give_the_bits_of_the_cpu() -> None:
             assert torch.equal(got.view(torch.int32), truth.view(torch.int32))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["hfp8", "fp8-chunked", "sr-mac"])
+def test_a_layer_on_a_gpu_has_the_bits_of_the_cpu(name: str) -> None:
+    """Casts and all three GEMMs, by kernels there and by plain torch here."""
+    import hf_lowprec
+
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layer, x, grad = torch.nn.Linear(96, 80), torch.randn(33, 96), torch.randn(33, 80)
+        model = torch.nn.Sequential(layer).to(device)
+        hf_lowprec.convert(model, name)
+        x = x.to(device).requires_grad_()
+        out = model(x)
+        out.backward(grad.to(device))
+        results.append([t.detach().cpu() for t in (out, x.grad, layer.weight.grad)])
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(*results, strict=True))
+    assert any(kernel.startswith("triton e") for kernel in ops.kernel_counts())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "compile":

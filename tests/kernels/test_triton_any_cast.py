@@ -16,6 +16,7 @@ import torch
 
 from hf_lowprec import numerics
 from hf_lowprec.ops.quantize import default_quantize, quant_key
+from hf_lowprec.presets import PRESETS
 from hf_lowprec.recipe import NONE, Quant, Rounding, Scaling
 
 SEED = 2**40 + 12345
@@ -51,6 +52,10 @@ OTHERS = [
     Quant(format="e8m7", scaling=NONE, rounding=SR),
     Quant(format="e5m10", scaling=Scaling(granularity="row", snap="ceil")),
     Quant(format="e0m8u", scaling=ROW),
+    Quant(format="e5m2", scaling=NONE, overflow="inf"),
+    Quant(format="e6m5", scaling=NONE, overflow="inf", rounding=SR9),
+    Quant(format="e4m3fn", scaling=NONE, overflow="nan"),
+    Quant(format="e4m3b11fnuz", scaling=NONE, overflow="nan", rounding=Rounding(mode="away")),
 ]
 
 
@@ -181,11 +186,12 @@ def test_policies_that_the_kernels_leave_to_torch() -> None:
 
     for quant in (
         Quant(format="nf4"),
-        Quant(format="e4m3fn", overflow="nan"),
+        Quant(format="e4m3fn", overflow="error"),
         Quant(format="e4m3fn", scaling=Scaling(granularity="tile", block=(4, 4))),
         Quant(format="e4m3fn", scaling=Scaling(granularity="block", block=(24,))),
         Quant(format="e3m1", scaling=NONE),  # a NaN that neither code nor scale can say: torch raises
         Quant(format="e8m0u"),
+        *(q for r in PRESETS.values() if r.flexible for q in (r.fprop.input, r.fprop.weight)),
     ):
         assert plan_of(quant) is None
 

@@ -33,6 +33,7 @@ from hf_lowprec.kernels.triton.formats import (
     covered,
     mode_of,
     nearest,
+    plain,
     signed_codes,
 )
 from hf_lowprec.kernels.triton.quantize import random_words
@@ -44,6 +45,7 @@ from hf_lowprec.recipe import Quant
 
 PARTIALS = 1024
 _SNAPS = {"exact": 0, "rceil": 1, "ocp": 2, "ceil": 3, "even": 4}
+_OVERFLOWS = {"saturate": 0, "inf": 1, "nan": 2}
 _GRANULARITIES = {"tensor": 0, "row": 1, "block": 2}
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 GIVEN, CURRENT, DELAYED = 0, 1, 2
@@ -101,6 +103,7 @@ def _result(
     x, scale, index, seed_ptr, DTYPE: tl.constexpr, VALUES: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr,
     MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr, SUBNORMAL: tl.constexpr, SIGN: tl.constexpr,
     NAN_CODE: tl.constexpr, NEGATIVE_ZERO: tl.constexpr, LARGEST: tl.constexpr, FAST: tl.constexpr,
+    OVERFLOW: tl.constexpr,
 ):  # fmt: skip
     """Codes of x / scale, or VALUES: those times the scale."""
     y = x * tl.div_rn(1.0, scale)
@@ -109,8 +112,10 @@ def _result(
         near = nearest(y, MAN, EMIN, LARGEST, SUBNORMAL)
         codes = 0 if VALUES else codes_of(near, MAN, EMIN, SUBNORMAL)
     else:
-        codes = count_codes(y, words, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL)
+        codes = count_codes(y, words, MODE, BITS, MAN, EMIN, MAX_CODE + (OVERFLOW > 0), SUBNORMAL)
         near = code_values(codes, MAN, EMIN, SUBNORMAL) if VALUES else y
+        if VALUES and OVERFLOW > 0:
+            near = tl.where(codes > MAX_CODE, float("inf") if OVERFLOW == 1 else float("nan"), near)
     if VALUES:
         bits = y.to(tl.int32, bitcast=True)
         size = near.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -121,9 +126,13 @@ def _result(
         elif not NEGATIVE_ZERO:
             sign = tl.where(size == 0, 0, sign)
         value = (size | sign).to(tl.float32, bitcast=True) * scale
-        out = tl.where((bits & 0x7F800000) == 0x7F800000, float("nan"), value)
+        if OVERFLOW == 1:  # what is infinite stays so
+            lost = (bits & 0x7FFFFFFF) > 0x7F800000
+        else:
+            lost = (bits & 0x7F800000) == 0x7F800000
+        out = tl.where(lost, float("nan"), value)
     else:
-        out = signed_codes(codes, y, MAX_CODE, SIGN, NAN_CODE, NEGATIVE_ZERO)
+        out = signed_codes(codes, y, MAX_CODE, SIGN, NAN_CODE, NEGATIVE_ZERO, OVERFLOW)
     return out.to(DTYPE)
 
 
@@ -159,8 +168,8 @@ def _any_cast_kernel(
     SNAP: tl.constexpr, MARGIN: tl.constexpr, E8M0: tl.constexpr, LARGEST: tl.constexpr, TOP_EXP: tl.constexpr,
     TOP_MAN: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
     MAX_CODE: tl.constexpr, SUBNORMAL: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr,
-    NEGATIVE_ZERO: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    NEGATIVE_ZERO: tl.constexpr, FAST: tl.constexpr, OVERFLOW: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """x [rows, cols] of any strides -> q contiguous. groups: scales of a row (blocks) or 1."""
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
@@ -189,7 +198,7 @@ def _any_cast_kernel(
             x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
             index = row[:, None] * cols + col[None, :]
             out = _result(x, scale[:, None], index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN, MAX_CODE,
-                          SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST)  # fmt: skip
+                          SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST, OVERFLOW)  # fmt: skip
             tl.store(q_ptr + index, out, mask=inside)
     else:
         col = corner + tl.arange(0, COLS).to(tl.int64)
@@ -213,7 +222,7 @@ def _any_cast_kernel(
                 if tl.program_id(0) == 0:
                     tl.store(scale_ptr, _stored_scale(scale, E8M0))
             out = _result(x, scale, index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL, SIGN,
-                          NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST)  # fmt: skip
+                          NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST, OVERFLOW)  # fmt: skip
         else:
             COUNT: tl.constexpr = COLS // BLOCK
             number = corner // BLOCK + tl.arange(0, COUNT).to(tl.int64)
@@ -228,7 +237,7 @@ def _any_cast_kernel(
                     tl.store(scale_ptr + place, _stored_scale(scale, E8M0), mask=there)
             spread = tl.broadcast_to(scale[:, :, None], [ROWS, COUNT, BLOCK])
             out = _result(x, tl.reshape(spread, [ROWS, COLS]), index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN,
-                          MAX_CODE, SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST)  # fmt: skip
+                          MAX_CODE, SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST, OVERFLOW)  # fmt: skip
         tl.store(q_ptr + index, out, mask=inside)
 
 
@@ -255,7 +264,8 @@ def plan_of(quant: Quant) -> AnyPlan | None:
     granularity = "tensor" if constant else scaling.granularity
     if (
         fmt is None
-        or quant.overflow != "saturate"
+        or not plain(quant)
+        or quant.overflow not in _OVERFLOWS
         or quant.states_only
         or granularity not in _GRANULARITIES
         or (block & (block - 1) or block > _LARGEST_BLOCK)
@@ -273,7 +283,8 @@ def plan_of(quant: Quant) -> AnyPlan | None:
         "TOP_MAN": top & 0x7FFFFF, "MODE": mode_of(rounding.mode),
         "BITS": random_bits(rounding, fmt) if rounding.mode == "stochastic" else 0, "MAN": man, "EMIN": emin,
         "MAX_CODE": max_code, "SUBNORMAL": subnormal, "SIGN": sign, "NAN_CODE": nan_code,
-        "NEGATIVE_ZERO": negative_zero, "FAST": rounding.mode == "nearest" and magic_fits(fmt), "BLOCK": block,
+        "NEGATIVE_ZERO": negative_zero, "OVERFLOW": _OVERFLOWS[quant.overflow], "BLOCK": block,
+        "FAST": rounding.mode == "nearest" and quant.overflow == "saturate" and magic_fits(fmt),
     }  # fmt: skip
     method = GIVEN if constant else DELAYED if scaling.method == "delayed" else CURRENT
     return AnyPlan(quant, fmt, method, constants, block)

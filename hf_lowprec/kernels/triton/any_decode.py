@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_lowprec.kernels.triton.formats import Constants, covered, decoded
+from hf_lowprec.kernels.triton.formats import Constants, covered, decoded, plain
 from hf_lowprec.recipe import Quant
 
 _TENSOR, _ROW, _BLOCK = 0, 1, 2
@@ -54,8 +54,10 @@ def _decode_kernel(
 
 
 def decodes(quant: Quant) -> bool:
-    """Whether the kernel covers a policy's format and granularity."""
-    return covered(quant.format) is not None and quant.scaling.granularity in ("tensor", "row", "block")
+    """Whether the kernel covers a policy."""
+    return (
+        covered(quant.format) is not None and plain(quant) and quant.scaling.granularity in ("tensor", "row", "block")
+    )
 
 
 def decode(qdata: Tensor, scale: Tensor | None, quant: Quant) -> Tensor:

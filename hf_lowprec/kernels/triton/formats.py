@@ -15,6 +15,7 @@ import triton.language as tl
 
 from hf_lowprec.formats import Codebook, Format, get_format
 from hf_lowprec.numerics.codes import F32, carrier_of
+from hf_lowprec.recipe import Quant, Scaling
 
 GRADUAL, FLUSH, NORMAL0 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NEAREST, AWAY, ZERO, STOCHASTIC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -49,6 +50,20 @@ def covered(fmt: str | Format | Codebook) -> Format | None:
     if not isinstance(fmt, Format) or not fmt.has_zero or carrier_of(fmt, torch.float32) is not F32:
         return None
     return fmt
+
+
+def plain(quant: Quant) -> bool:
+    """Whether format, rounding, overflow and these fields of its scaling say all of a policy: what kernels know.
+
+    Whatever else `recipe` has come to hold is for those who carry it out.
+    """
+    s = quant.scaling
+    known = Scaling(
+        granularity=s.granularity, block=s.block, method=s.method, exponent=s.exponent, history=s.history,
+        algorithm=s.algorithm, margin=s.margin, snap=s.snap, store=s.store, group=s.group,
+    )  # fmt: skip
+    same = Quant(format=quant.format, scaling=known, rounding=quant.rounding, overflow=quant.overflow)
+    return s.method in ("none", "static", "current", "delayed") and same == quant
 
 
 def mode_of(mode: str) -> int:
@@ -170,9 +185,15 @@ def code_values(codes, MAN: tl.constexpr, EMIN: tl.constexpr, SUBNORMAL: tl.cons
 
 @triton.jit
 def signed_codes(codes, x, MAX_CODE: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr,
-                 NEGATIVE_ZERO: tl.constexpr):  # fmt: skip
-    """Complete codes from those of |x|: sign, and for what is not finite NaN, or where there is none the code 0."""
+                 NEGATIVE_ZERO: tl.constexpr, OVERFLOW: tl.constexpr):  # fmt: skip
+    """Complete codes from those of |x|: sign, and for what is not finite NaN, or where there is none the code 0.
+
+    OVERFLOW: 0 saturate; 1 inf, 2 nan: `codes` are MAX_CODE + 1 beyond the largest, which is Inf where there is one.
+    """
     bits = x.to(tl.int32, bitcast=True)
+    lost = (bits & 0x7FFFFFFF) > 0x7F800000 if OVERFLOW == 1 else (bits & 0x7F800000) == 0x7F800000
+    if OVERFLOW == 2:
+        lost = lost | (codes > MAX_CODE)
     if SIGN == 0:
         codes = tl.where(bits < 0, 0, codes)
     else:
@@ -180,7 +201,7 @@ def signed_codes(codes, x, MAX_CODE: tl.constexpr, SIGN: tl.constexpr, NAN_CODE:
         if not NEGATIVE_ZERO:
             sign = tl.where(codes == 0, 0, sign)
         codes |= sign
-    return tl.where((bits & 0x7F800000) == 0x7F800000, NAN_CODE if NAN_CODE >= 0 else 0, codes)
+    return tl.where(lost, NAN_CODE if NAN_CODE >= 0 else 0, codes)
 
 
 @triton.jit
