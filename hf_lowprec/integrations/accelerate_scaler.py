@@ -39,10 +39,11 @@ def scale_loss(accelerator: Any, model: nn.Module, recipe: Recipe, engine: str) 
         if report is not None:
             report.loss_scale = "dynamic, accelerate's own"  # GradScalerKwargs and DeepSpeed's config count
         return
-    if engine not in _ENGINES:
+    fsdp2 = engine == "FSDP" and accelerator.is_fsdp2  # whose DTensors torch's scaler agrees on over all ranks
+    if engine not in _ENGINES and not fsdp2:
         raise ConversionError(
-            f"recipe {recipe.name!r}: its {policy.method} loss scale is not available under {engine}; train with DDP, "
-            "or set it in DeepSpeed's config (fp16.loss_scale) and use recipe 'fp16'"
+            f"recipe {recipe.name!r}: its {policy.method} loss scale is not available under {engine}; train with DDP "
+            "or FSDP2, or set it in DeepSpeed's config (fp16.loss_scale) and use recipe 'fp16'"
         )
     if accelerator.scaler_handler is not None:
         raise ConversionError(

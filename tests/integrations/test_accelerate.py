@@ -740,7 +740,7 @@ def test_fsdp(tmp_path, version, recipe, said):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
-@pytest.mark.parametrize("recipe", ["te-delayed", "fp8-lm"])
+@pytest.mark.parametrize("recipe", ["te-delayed", "fp8-lm", "fp8-lm-o3", "fp8-chunked"])
 def test_fsdp2_saves_and_resumes(tmp_path, recipe, kind):
     """Losses and states after `load_state` in new processes are those of the run that went on."""
     first = launch_fsdp(tmp_path, 2, recipe, kind)

@@ -13,11 +13,14 @@ import torch.distributed.checkpoint as dcp
 from sharding import Bag, Pair, differing, everything, one_process, sharded, take_steps
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from training import MAKE, bits
 
+from hf_lowprec.loss_scaling import make_scaler
 from hf_lowprec.optim import AdamW, mark_gemm_weights
 from hf_lowprec.presets.fp8 import FP8_LM_O3_STATES
 from hf_lowprec.presets.narrow import HFP8_STATES, WANG_STATES
+from hf_lowprec.recipe import LossScale
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 RULES = {"wang": WANG_STATES, "o3": FP8_LM_O3_STATES, "hfp8": HFP8_STATES}
@@ -96,3 +99,31 @@ def test_resharding(pair: Pair, alone: None, tmp_path: Path, rule: str) -> None:
     one = resumed(str(tmp_path / "two"), rule)
     first, _ = pair(resumed, str(tmp_path / "two"), rule)
     assert not differing(one, first)
+
+
+def scaled(bad_rank: int | None) -> list[tuple[float, list[float]]]:
+    """(scale after it, how far weights moved) of every step; one element is Inf on one rank in the second."""
+    bag = sharded(torch.float32, [(64, 8), (7, 5)])
+    optimizer = torch.optim.SGD(bag.parameters(), lr=1.0)
+    scaler, out = make_scaler(LossScale(method="dynamic", init=1024.0), "cpu"), []
+    for step in range(3):
+        scaler.scale(torch.zeros(()))
+        for p in bag.parameters():
+            grad = torch.full(p.shape, 1024.0)
+            if step == 1 and bad_rank is not None:
+                grad[-bad_rank, 0] = torch.inf
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements)
+        before = bag.weights[0].to_local().clone()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        out.append((scaler.get_scale(), (before - bag.weights[0].to_local()).round(decimals=3).unique().tolist()))
+    return out
+
+
+@pytest.mark.parametrize("bad_rank", [None, 0, 1])
+def test_ranks_agree_on_the_loss_scale(pair: Pair, bad_rank: int | None) -> None:
+    first, second = pair(scaled, bad_rank)
+    skipped = bad_rank is not None
+    assert first == second == [(1024, [1.0]), (512 if skipped else 1024, [0.0 if skipped else 1.0]),
+                               (512 if skipped else 1024, [2.0 if skipped else 1.0])]  # fmt: skip
