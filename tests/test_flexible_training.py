@@ -339,6 +339,8 @@ def test_trains_through_accelerate_and_saves_a_stock_checkpoint(tmp_path: Any) -
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="fp8-flex")
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     assert recipe_of(model) == FLEX
+    said = session_of(model).report.optimizer
+    assert said == "optimizer AdamW kept (as asked), steps the learned ranges too"
     ids = token_ids(4, 16)
     losses = []
     for _ in range(6):
