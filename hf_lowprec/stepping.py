@@ -119,6 +119,8 @@ def attach_optimizer(
     else:
         whose = "Adam, AdamW and SGD" if states.of_weights else "Adam and AdamW"
         how = f"kept (only {whose} have low-precision states)"
+    if session.ranges is not None and session.ranges.parameters:
+        how += ", steps the learned ranges too"
     _report(session, optimizer, f"optimizer {type(optimizer).__name__} {how}")
     session.scaling.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     carry_state(session, optimizer)
