@@ -441,3 +441,27 @@ def test_backward_keeps_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     assert made and all(reference() is None for reference in made)
     out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parametrized_weights_and_biases_are_read_as_they_are_now(name: str) -> None:
+    """Forward looks Parameters up without `nn.Module.__getattr__`, where parametrizations live."""
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    torch.manual_seed(0)
+    layer, doubled = nn.Linear(32, 48), nn.Linear(32, 48)
+    doubled.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        getattr(doubled, name).mul_(2)
+    for each in (layer, doubled):
+        hf_lowprec.convert(each, "te-current")
+    nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    x = batch(4, 32)
+    assert torch.equal(layer(x), doubled(x))
+    layer(x).sum().backward()
+    doubled(x).sum().backward()
+    original = layer.parametrizations[name].original
+    assert torch.equal(original.grad, 2 * getattr(doubled, name).grad)
