@@ -257,6 +257,7 @@ def plan_of(quant: Quant) -> AnyPlan | None:
         fmt is None
         or quant.overflow != "saturate"
         or quant.states_only
+        or quant.gemms_only
         or granularity not in _GRANULARITIES
         or (block & (block - 1) or block > _LARGEST_BLOCK)
         or scaling.store not in ("float32", "e8m0")
