@@ -21,8 +21,8 @@ import hf_lowprec
 import hf_lowprec.modules.sharing as sharing
 from hf_lowprec import ops
 from hf_lowprec.conversion import session_of
-from hf_lowprec.functional import Quantized
 from hf_lowprec.modules.sharing import HandOver, hand_over, share_input
+from hf_lowprec.operands import Quantized
 from hf_lowprec.recipe import Gemm, Quant, Recipe, Scaling
 
 RECIPES = ["fp8-lm", "te-delayed", "te-current", "fp8-cscale"]

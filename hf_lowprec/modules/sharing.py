@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from hf_lowprec import ops
-from hf_lowprec.functional import OperandState, Quantized, quantize_input
+from hf_lowprec.functional import quantize_input
 from hf_lowprec.modules.state import LayerState
+from hf_lowprec.operands import OperandState, Quantized
 
 
 class HandOver:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hf_lowprec import numerics
 from hf_lowprec.formats import get_format
-from hf_lowprec.functional import LinearSpec, OperandState
 from hf_lowprec.modules.weight_cache import WeightCache
+from hf_lowprec.operands import LinearSpec, OperandState
 from hf_lowprec.recipe import InputNorm, Quant, Recipe, Scaling
 
 if TYPE_CHECKING:
