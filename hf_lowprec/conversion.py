@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_lowprec import fusion, optim, stepping
 from hf_lowprec.break_even import break_even
-from hf_lowprec.describe import FP8_SINCE, MX_SINCE, native_since, recipe_since, sm
+from hf_lowprec.describe import FP8_SINCE, INT8_SINCE, MX_SINCE, native_since, recipe_since, sm
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.flexible import Flexible, flexible_class
 from hf_lowprec.modules.linear import LowPrecMixin, original_class, set_class
@@ -111,10 +111,12 @@ def convert(
     _refuse_what_nothing_reads(chosen)
     emulated = _emulates(model, chosen, emulate)
     patterns = (*chosen.modules_to_not_convert, *excluded)
-    rule = None if emulated else break_even(chosen.name, _device(model))
+    # Measured for formats that stand for 16 bits. A linear of BitNet in the base precision would be another function.
+    measured = not emulated and recipe_since(chosen) != INT8_SINCE
+    rule = break_even(chosen.name, _device(model)) if measured else None
     if min_numel is None:
         min_numel = 0 if rule is None else rule.min_numel
-    choice = Choice(patterns, module_filter_fn, aligned=not emulated, min_numel=min_numel)
+    choice = Choice(patterns, module_filter_fn, aligned=_aligned(chosen, emulated), min_numel=min_numel)
     report, modules = select(model, chosen, choice)
     why = emulation_reason(chosen, _device(model))
     report.emulated, report.why_emulated = emulated, why or ""
@@ -316,7 +318,7 @@ def _check_same(
                 "hf_lowprec.revert(model) first"
             )
     inside = {id(m) for m in existing.root.modules()}
-    choice = Choice(chosen.modules_to_not_convert, aligned=not existing.report.emulated)
+    choice = Choice(chosen.modules_to_not_convert, aligned=_aligned(chosen, existing.report.emulated))
     _, would = select(model, chosen, choice)
     outside = [name for name, module in would.items() if id(module) not in inside]
     if outside:
@@ -391,7 +393,7 @@ def native_problem(recipe: Recipe, device: torch.device) -> str | None:
     wanted = FP8_SINCE if since is None else since
     if capability < wanted:
         name = f"{torch.cuda.get_device_name(device)} is {sm(capability)}"
-        cores = "MX" if wanted == MX_SINCE else "FP8"
+        cores = {MX_SINCE: "MX", INT8_SINCE: "int8"}.get(wanted, "FP8")
         return f"recipe {recipe.name!r} needs {cores} tensor cores ({sm(wanted)} or newer), {name}"
     return native_nowhere(recipe)
 
@@ -424,6 +426,11 @@ def emulation_reason(recipe: Recipe, device: torch.device) -> str | None:
     if nowhere is not None or recipe_since(recipe) != MX_SINCE or not torch.cuda.is_available():
         return nowhere
     return native_problem(recipe, device if device.type == "cuda" else torch.device("cuda"))
+
+
+def _aligned(recipe: Recipe, emulated: bool) -> bool:
+    """Whether sizes that no FP8 GEMM takes are to be left alone; operands of integers are padded."""
+    return not emulated and recipe_since(recipe) != INT8_SINCE
 
 
 __all__ = [

@@ -15,6 +15,7 @@ from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
 from hf_lowprec.recipe import (
     FLEXIBLE,
     Accumulation,
+    Gemm,
     LossScale,
     Quant,
     Recipe,
@@ -44,7 +45,7 @@ _WEIGHT_CACHE_WORDS = {
 _SPLIT_WORDS = {"search": "searched", "learned": "learned"}
 # Formats whose products FP8 tensor cores compute: with one scale per tensor, or (MX) one per 32 elements.
 _TENSOR_CORE_FORMATS = ("e4m3fn", "e5m2")
-FP8_SINCE, MX_SINCE = (8, 9), (10, 0)
+FP8_SINCE, MX_SINCE, INT8_SINCE = (8, 9), (10, 0), (8, 0)
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -59,7 +60,9 @@ def scaling_words(scaling: Scaling) -> str:
     groups = {"block": "per block of {0}", "tile": "per tile of {0} x {1}"}
     parts = [groups.get(scaling.granularity, f"per {scaling.granularity}").format(*scaling.block)]
     if scaling.method == "current":
-        parts.append("its own amax")
+        target = "" if scaling.target is None else f" to {scaling.target:g}"
+        floor = f", at least {scaling.floor:g}" if scaling.floor else ""
+        parts.append(f"its own {'amax' if scaling.statistic == 'amax' else 'mean magnitude'}{target}{floor}")
     elif scaling.method in FLEXIBLE:
         how = {"search": "range found by calibrate", "learned": "range learned"}
         parts.append(how[scaling.method])
@@ -72,6 +75,8 @@ def scaling_words(scaling: Scaling) -> str:
         parts.append(f"margin 2^{scaling.margin}")
     if scaling.snap != "exact":
         parts.append("powers of two" + ("" if scaling.snap == "rceil" else f" ({scaling.snap})"))
+    if scaling.inverse:
+        parts.append("divides on the way out")
     if scaling.store != "float32":
         parts.append(f"stored as {'E8M0' if scaling.store == 'e8m0' else scaling.store}")
     return ", ".join(parts)
@@ -107,7 +112,7 @@ def quant_words(quant: Quant | None, otherwise: str) -> str:
 def format_words(quant: Quant) -> str:
     """The format's name, or for a free split `8 bits of learned split`."""
     if quant.split == "fixed":
-        return quant.format
+        return f"{quant.format} of x - mean" if quant.center else quant.format
     return f"{get_format(quant.format).bits} bits of {_SPLIT_WORDS[quant.scaling.method]} split"
 
 
@@ -127,7 +132,7 @@ def slot_rows(recipe: Recipe) -> list[tuple[str, str, str, str, str]]:
 
 def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """(name, words) for everything beside the slots."""
-    rows = [(f"{gemm} sums in", accumulation_words(getattr(recipe, gemm).accumulation)) for gemm in GEMMS]
+    rows = [(f"{gemm} sums in", _sum_words(recipe, getattr(recipe, gemm))) for gemm in GEMMS]
     rows += _state_rows(recipe.states)
     communication = recipe.communication
     if communication is None:
@@ -143,6 +148,9 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
     rows.append(("loss scale", loss_scale_words(recipe.loss_scale)))
     if recipe.flexible and "learned" in {q.scaling.method for q in (recipe.fprop.input, recipe.fprop.weight) if q}:
         rows.append(("learned ranges", "with every optimizer step, by Adam at 10 times its learning rate, no decay"))
+    if recipe.input_norm is not None:
+        kind = {"layer": "LayerNorm", "rms": "RMSNorm"}[recipe.input_norm.kind]
+        rows.append(("input norm", f"{kind} without weights (eps {recipe.input_norm.eps:g}) inside every linear"))
     if recipe.quantises_gemms:
         rows.append(("saved by MLPs", _saved_words(recipe)))
         rows.append(("weight casts", _weight_cache_words(recipe)))
@@ -159,6 +167,16 @@ def _weight_cache_words(recipe: Recipe) -> str:
     return _WEIGHT_CACHE_WORDS[recipe.weight_cache if kept else "none"]
 
 
+def _sum_words(recipe: Recipe, gemm: Gemm) -> str:
+    if gemm.one_sided:
+        return f"{_base(recipe)} GEMM, its one quantised operand read back"
+    if _since(gemm) == INT8_SINCE:
+        operands = (gemm.input, gemm.weight, gemm.grad_output)
+        divides = any(q is not None and q.scaling.inverse for q in operands)
+        return "int32, exactly" + ("; emulated, the values in float32" if divides else "")
+    return accumulation_words(gemm.accumulation)
+
+
 def _saved_words(recipe: Recipe) -> str:
     """What fused MLPs keep of gate and up; linears save their quantised input in any case."""
     return quant_words(recipe.saved, "gate and up as they are computed") + "; by MLPs that are fused"
@@ -170,7 +188,8 @@ def _state_rows(states: States | None) -> list[tuple[str, str]]:
 
 def state_rows(states: States) -> list[tuple[str, str]]:
     """(slot, words) of what an optimizer keeps per parameter."""
-    rows = [
+    rows = [] if states.algorithm is None else [("optimizer", "StableAdamW in place of the script's Adam or AdamW")]
+    rows += [
         ("exp_avg", quant_words(states.exp_avg, "float32")),
         ("exp_avg_sq", quant_words(states.exp_avg_sq, "float32")),
         ("master", master_words(states)),
@@ -250,6 +269,8 @@ def one_line(recipe: Recipe) -> str:
         backward = _formats(recipe.dgrad.grad_output, recipe.wgrad.grad_output)
         parts.append(f"{forward or _base(recipe)} forward, {backward or _base(recipe)} gradients")
         parts.append(_methods(recipe))
+        if recipe.input_norm is not None:
+            parts.append("inputs normalised")
         sums = dict.fromkeys(getattr(recipe, gemm).accumulation for gemm in GEMMS)
         parts += [f"sums in {accumulation_words(a)}" for a in sums if a.format is not None]
     else:
@@ -258,6 +279,8 @@ def one_line(recipe: Recipe) -> str:
     if states is not None and (states.exp_avg or states.exp_avg_sq or states.master):
         kept = [q.format if q else "float32" for q in (states.exp_avg, states.exp_avg_sq)]
         parts.append(f"states {' + '.join(kept)}" + (f" + master {master_name(states)}" if states.master else ""))
+    if states is not None and states.algorithm is not None:
+        parts.append("StableAdamW")
     if states is not None and states.update.mode == "stochastic":
         parts.append("16-bit weights updated with stochastic rounding")
     if states is not None and states.weight is not None:
@@ -288,6 +311,10 @@ def _methods(recipe: Recipe) -> str:
     def method(quant: Quant) -> str:
         scaling = quant.scaling
         name = {"static": "constant", "none": "no", "search": "searched"}.get(scaling.method, scaling.method)
+        if scaling.statistic == "mean":
+            name = "mean"
+        if scaling.granularity != "tensor" and get_format(quant.format).is_integer:
+            name += f" per {scaling.granularity}"
         return f"{name} ({scaling.history})" if scaling.method == "delayed" else name
 
     methods = {role: method(quant) for role, quant in quants.items() if quant is not None}
@@ -303,6 +330,8 @@ def _methods(recipe: Recipe) -> str:
 def native_since(quant: Quant) -> tuple[int, int] | None:
     """The compute capability from which on tensor cores read operands of this policy; None: no GPU's do."""
     scaling = quant.scaling
+    if get_format(quant.format).is_integer and scaling.granularity in ("tensor", "row"):
+        return INT8_SINCE
     if quant.format not in _TENSOR_CORE_FORMATS:
         return None
     if scaling.granularity == "tensor" and scaling.store == "float32":
@@ -312,16 +341,21 @@ def native_since(quant: Quant) -> tuple[int, int] | None:
 
 def recipe_since(recipe: Recipe) -> tuple[int, int] | None:
     """The same for all GEMMs of a recipe; (0, 0) where it quantises none."""
-    since: tuple[int, int] = (0, 0)
-    for gemm, (_, slots) in GEMMS.items():
-        quants = [q for q in (getattr(getattr(recipe, gemm), slot) for slot in slots) if q is not None]
-        found = [native_since(quant) for quant in quants]
-        if getattr(recipe, gemm).accumulation.format is not None or None in found or len(set(found)) > 1:
-            return None
-        if [quant.format for quant in quants] == ["e5m2", "e5m2"]:  # the one pair that tensor cores do not multiply
-            return None
-        since = max([since, *(f for f in found if f is not None)])
-    return since
+    found = [_since(gemm) for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad)]
+    return None if None in found else max(since for since in found if since is not None)
+
+
+def _since(gemm: Gemm) -> tuple[int, int] | None:
+    """The same for one of them; (0, 0) where it runs in the base precision."""
+    quants = [quant for quant in (gemm.input, gemm.weight, gemm.grad_output) if quant is not None]
+    if gemm.accumulation.format is not None:
+        return None
+    if len(quants) < 2:
+        return (0, 0)
+    if [quant.format for quant in quants] == ["e5m2", "e5m2"]:  # the one pair that tensor cores do not multiply
+        return None
+    found = {native_since(quant) for quant in quants}
+    return found.pop() if len(found) == 1 else None
 
 
 def sm(capability: tuple[int, int]) -> str:

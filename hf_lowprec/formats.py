@@ -147,6 +147,11 @@ class Format:
         return self.specials != "none"
 
     @property
+    def is_integer(self) -> bool:
+        """Whether its values are integers of at most 8 bits times one unit, so that products are sums of integers."""
+        return self.exp == 0 and self.signed and self.bits <= 8
+
+    @property
     def inf_code(self) -> int:
         """The code of +Inf. Raises ValueError if the format has none."""
         if not self.has_inf:
@@ -296,6 +301,14 @@ class Codebook:
         return self.values[0]
 
     @property
+    def has_zero(self) -> bool:
+        return 0.0 in self.values
+
+    @property
+    def is_integer(self) -> bool:
+        return all(value == int(value) and abs(value) <= 127 for value in self.values)
+
+    @property
     def emax(self) -> int:
         return _exponent(self.max)
 
@@ -363,6 +376,8 @@ FORMATS: dict[str, Format | Codebook] = {
         Format(6, 9, specials="ieee", name="e6m9"),  # IBM's accumulation format
         Format(6, 5, specials="ieee", subnormal="flush", name="e6m5"),  # stochastic-rounding MAC
         Format(8, 0, 127, specials="fn", subnormal="normal0", signed=False, name="e8m0u"),  # MX scale
+        Format(0, 1, name="e0m1"),  # ternary: -1, 0, 1
+        Codebook("sign", (-1.0, 1.0)),  # BitNet: 0 lies between the two and goes to -1, the even code
         Codebook("nf4", nf4()),
         Codebook("dynamic8", dynamic_tree(signed=True)),
         Codebook("dynamic8u", dynamic_tree(signed=False)),

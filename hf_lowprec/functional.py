@@ -5,12 +5,14 @@
     dgrad:  grad_input  = Q(grad_output)    @ Q(weight)
     wgrad:  grad_weight = Q(grad_output).T  @ Q(input)
 
-Each Q is one of the recipe's six slots; a GEMM without slots runs in the base precision. Where both GEMMs that read an
+Each Q is one of the recipe's six slots; a GEMM without slots runs in the base precision, and so does one of a single
+slot, whose quantised operand is read back into it. Where both GEMMs that read an
 operand read it in the same form, it is quantised once, in the two layouts that they need (`ops.cast_transpose`):
 
     input         both layouts in forward. The transposed one is what is saved for backward: one byte an element, as
                   the other would be, and backward need not transpose (4 bytes an element moved in all instead of 5).
     grad_output   both layouts in backward.
+                  Where wgrad quantises nothing else, the codes of fprop are saved as they are and read back.
     weight        cached by the caller from optimizer step to optimizer step (`weight`), or cast in forward and once
                   more in backward with the scale of fprop, which costs a read and saves a byte per parameter.
 
@@ -32,7 +34,7 @@ from torch.compiler import is_dynamo_compiling
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import ops
-from hf_lowprec.recipe import Quant, Recipe
+from hf_lowprec.operands import LinearSpec, OperandState, Quantized
 
 
 def first_order(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
@@ -56,100 +58,6 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return eager(*args)
 
     return apply
-
-
-class OperandState(NamedTuple):
-    """What one operand of one layer carries from step to step. All tensors live on the layer's device.
-
-    scale: 0-dim float32, the delayed scale (0 = none yet), or None where the recipe does not delay.
-    amax: 0-dim float32, the largest finite magnitude since the last optimizer step, or None likewise.
-    counts: int64 [4]: elements looked at, saturated, underflowed to zero, non-finite.
-    seed: 0-dim int64, or None without stochastic rounding.
-    """
-
-    scale: Tensor | None
-    amax: Tensor | None
-    counts: Tensor
-    seed: Tensor | None
-
-
-class Quantized(NamedTuple):
-    """A quantised matrix [R, C], x ~ qdata * scale, in one or both of the layouts that GEMMs read.
-
-    qdata: [R, C] contiguous, or None where nobody reads it.
-    scale: 0-dim float32.
-    transposed: [C, R rounded up to 16] contiguous, with zeros at the end, or None where it was not made.
-    """
-
-    qdata: Tensor | None
-    scale: Tensor
-    transposed: Tensor | None = None
-
-    @property
-    def rows(self) -> Tensor:
-        """[R, C], for a product that sums over C."""
-        assert self.qdata is not None
-        return self.qdata
-
-    @property
-    def columns(self) -> Tensor:
-        """[C, R] or longer, for a product that sums over R."""
-        if self.transposed is not None:
-            return self.transposed
-        assert self.qdata is not None
-        return self.qdata.t()
-
-
-class LinearSpec(NamedTuple):
-    """A recipe as a linear layer sees it: one `ops.quant_key` per slot, None = base precision.
-
-    shared_*: one quantised copy serves both GEMMs that read the operand, though they reduce along different axes: the
-        policies are equal and one scale covers the tensor.
-    accumulation: of fprop, dgrad and wgrad: an `ops.accumulation_key`, empty for float32 sums.
-    """
-
-    fprop_input: str | None
-    fprop_weight: str | None
-    dgrad_grad_output: str | None
-    dgrad_weight: str | None
-    wgrad_input: str | None
-    wgrad_grad_output: str | None
-    shared_input: bool
-    shared_weight: bool
-    shared_grad_output: bool
-    fast: tuple[bool, bool, bool]
-    weight_is_kn: bool
-    emulate: bool
-    accumulation: tuple[str, str, str] = ("", "", "")
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe, *, weight_is_kn: bool = False, emulate: bool = False) -> LinearSpec:
-        """weight_is_kn: the weight is stored [in, out] (transformers' Conv1D) instead of [out, in]."""
-
-        def key(quant: Quant | None) -> str | None:
-            return None if quant is None else ops.quant_key(quant)
-
-        def shared(first: Quant | None, second: Quant | None) -> bool:
-            shares = first is not None and first == second and first.scaling.granularity == "tensor"
-            return shares and not recipe.flexible  # whose layers quantise for themselves (functional_flexible)
-
-        return cls(
-            fprop_input=key(recipe.fprop.input),
-            fprop_weight=key(recipe.fprop.weight),
-            dgrad_grad_output=key(recipe.dgrad.grad_output),
-            dgrad_weight=key(recipe.dgrad.weight),
-            wgrad_input=key(recipe.wgrad.input),
-            wgrad_grad_output=key(recipe.wgrad.grad_output),
-            shared_input=shared(recipe.fprop.input, recipe.wgrad.input),
-            shared_weight=shared(recipe.fprop.weight, recipe.dgrad.weight),
-            shared_grad_output=shared(recipe.dgrad.grad_output, recipe.wgrad.grad_output),
-            fast=(recipe.fprop.accumulation.fast, recipe.dgrad.accumulation.fast, recipe.wgrad.accumulation.fast),
-            weight_is_kn=weight_is_kn,
-            emulate=emulate,
-            accumulation=tuple(  # type: ignore[arg-type]
-                ops.accumulation_key(gemm.accumulation) for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad)
-            ),
-        )
 
 
 class _Call(NamedTuple):
@@ -191,7 +99,7 @@ def linear(
         weight: [N, K], or [K, N] with `spec.weight_is_kn`.
         bias: [N] or None.
         ready: of each state, whether the host knows that the delayed scale is not 0 (`ops.quantize`).
-        quantized: Q(input) as [rows, K]; needs `spec.shared_input` if the weight trains. The input is not read then.
+        quantized: Q(input) as [rows, K]; needs `spec.common_input`. The input is read for a base-precision wgrad only.
         quantized_weight: Q(weight) in the weight's own layout, from an earlier call; needs `spec.shared_weight`.
         sum_seeds: of fprop, dgrad and wgrad, 0-dim int64, where their sums round stochastically.
 
@@ -215,6 +123,16 @@ def linear(
     # Not in `call`, which lives until backward.
     out: Tensor = _apply(input, weight, bias, quantized, call)
     return out
+
+
+def quantize_input(
+    x: Tensor, spec: LinearSpec, state: OperandState, *, ready: bool, observe: bool, columns: bool
+) -> Quantized:
+    """Q(x) of [..., K] for fprop; transposed for wgrad, too, where one cast serves both (if `columns`)."""
+    assert spec.fprop_input is not None
+    if spec.shared_input:
+        return quantize_matrix(x, spec.fprop_input, state, ready=ready, observe=observe, columns=columns)
+    return Quantized(*_quantize(x.reshape(-1, x.shape[-1]), spec.fprop_input, state, observe))
 
 
 def quantize_matrix(
@@ -250,9 +168,12 @@ class _Linear(torch.autograd.Function):
         x = quantized
         w = call.weight
         w_scale = None
-        if spec.fprop_input is None or spec.fprop_weight is None:
-            flat = input.reshape(-1, input.shape[-1])
-            out = F.linear(flat.to(dtype), _nk(weight, spec).to(dtype), None if bias is None else bias.to(dtype))
+        if spec.base[0]:
+            if spec.fprop_input is not None and x is None:
+                x = _quantize_input(input, call, keep_input)
+            a = input.reshape(-1, input.shape[-1]).to(dtype) if x is None else _read(x, spec.fprop_input, dtype)
+            b, w_scale = _base_weight(weight, call)
+            out = F.linear(a, b, None if bias is None else bias.to(dtype))
         else:
             if x is None:
                 x = _quantize_input(input, call, keep_input)
@@ -260,6 +181,7 @@ class _Linear(torch.autograd.Function):
                 w_nk, w_scale = (w.columns if spec.weight_is_kn else w.rows), w.scale
             else:
                 w_nk, w_scale = _quantize_weight(weight, call)
+            assert spec.fprop_input is not None and spec.fprop_weight is not None
             out = ops.scaled_mm(
                 x.rows, x.scale, spec.fprop_input, w_nk, w_scale, spec.fprop_weight, bias,
                 dtype=dtype, fast=spec.fast[0], emulate=spec.emulate,
@@ -273,6 +195,9 @@ class _Linear(torch.autograd.Function):
                 saved_x, saved_x_scale = x.columns, x.scale
             elif spec.wgrad_input is None:
                 saved_x = input.reshape(-1, input.shape[-1]).to(dtype)
+            elif spec.kept_input:
+                assert x is not None
+                saved_x, saved_x_scale = x.rows, x.scale
             else:
                 flat = input.reshape(-1, input.shape[-1])
                 saved_x, saved_x_scale = _quantize(flat.t(), spec.wgrad_input, call.input_state, x is None)
@@ -307,15 +232,15 @@ class _Linear(torch.autograd.Function):
             grads = grad_output.reshape(-1, grad_output.shape[-1])
 
         if needs_input:
-            if spec.dgrad_grad_output is None:
-                hp_weight = _nk(weight, spec).to(call.dtype)
-                grad_input = (grads.to(call.dtype) @ hp_weight).to(ctx.input_dtype)
+            if spec.base[1]:
+                hp_weight = _dgrad_base_weight(weight, w_scale, call)
+                grad_input = (_base_grads(grads, g, call, low_input) @ hp_weight).to(ctx.input_dtype)
             else:
+                assert spec.dgrad_grad_output is not None and spec.dgrad_weight is not None
                 if g is not None:
                     g_mn, g_scale = g.rows, g.scale
                 else:
                     g_mn, g_scale = _quantize(grads, spec.dgrad_grad_output, call.grad_state, call.observe)
-                assert spec.dgrad_weight is not None
                 w_kn, w_kn_scale = _dgrad_weight(weight, w_scale, call)
                 grad_input = ops.scaled_mm(
                     g_mn, g_scale, spec.dgrad_grad_output, w_kn, w_kn_scale, spec.dgrad_weight,
@@ -326,16 +251,18 @@ class _Linear(torch.autograd.Function):
                 grad_input = grad_input.reshape(ctx.input_shape)
 
         if needs_weight:
-            if spec.wgrad_grad_output is None:
-                grad_weight = (grads.to(call.dtype).t() @ saved_x.to(call.dtype)).to(ctx.weight_dtype)
+            if spec.base[2]:
+                hp_input = _wgrad_base_input(saved_x, x_scale, call)
+                hp_grads = _base_grads(grads, g, call, low_weight, first_look=not low_input, transposed=True)
+                grad_weight = (hp_grads.t() @ hp_input).to(ctx.weight_dtype)
                 grad_weight = grad_weight.t() if spec.weight_is_kn else grad_weight
             else:
+                assert spec.wgrad_grad_output is not None and spec.wgrad_input is not None
                 if g is not None:
                     g_nm, g_nm_scale = g.columns, g.scale
                 else:
                     first_look = call.observe and not low_input
                     g_nm, g_nm_scale = _quantize(grads.t(), spec.wgrad_grad_output, call.grad_state, first_look)
-                assert spec.wgrad_input is not None
                 a: tuple[Tensor, Tensor, str] = (g_nm, g_nm_scale, spec.wgrad_grad_output)
                 b: tuple[Tensor, Tensor, str] = (saved_x, x_scale, spec.wgrad_input)
                 if spec.weight_is_kn:  # the gradient comes in the weight's own layout
@@ -358,15 +285,7 @@ def _nk(weight: Tensor, spec: LinearSpec) -> Tensor:
 
 
 def _quantize_input(input: Tensor, call: _Call, keep: bool) -> Quantized:
-    """Q(input) for fprop, and for wgrad where one cast serves both."""
-    spec = call.spec
-    assert spec.fprop_input is not None
-    if spec.shared_input:
-        return quantize_matrix(
-            input, spec.fprop_input, call.input_state, ready=call.ready[0], observe=call.observe, columns=keep
-        )
-    qdata, scale = _quantize(input.reshape(-1, input.shape[-1]), spec.fprop_input, call.input_state, call.observe)
-    return Quantized(qdata, scale)
+    return quantize_input(input, call.spec, call.input_state, ready=call.ready[0], observe=call.observe, columns=keep)
 
 
 def _quantize_weight(weight: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
@@ -397,6 +316,81 @@ def _dgrad_weight(weight: Tensor | None, scale: Tensor | None, call: _Call) -> t
         return (rows if kn else columns), scale
     first_look = call.observe and spec.fprop_weight is None
     return _quantize(_nk(weight, spec).t(), spec.dgrad_weight, state, first_look)
+
+
+# --- GEMMs with one quantised operand, or none: it is read back into the base precision, in which they run ----------
+
+
+def _read(x: Quantized, quant: str | None, dtype: torch.dtype) -> Tensor:
+    """Its values [R, C] in `dtype`."""
+    assert quant is not None
+    return ops.dequantize(x.rows, x.scale, quant, dtype)
+
+
+def _base_weight(weight: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
+    """The weight as fprop reads it, [N, K] in the base precision, and the scale that dgrad casts it with."""
+    spec = call.spec
+    if spec.fprop_weight is None:
+        return _nk(weight, spec).to(call.dtype), None
+    if call.weight is not None:
+        return _nk(_read(call.weight, spec.fprop_weight, call.dtype), spec), call.weight.scale
+    qdata, scale = _quantize_weight(weight, call)
+    return ops.dequantize(qdata, scale, spec.fprop_weight, call.dtype), scale
+
+
+def _dgrad_base_weight(weight: Tensor | None, scale: Tensor | None, call: _Call) -> Tensor:
+    """The weight as dgrad reads it, likewise."""
+    spec, state = call.spec, call.weight_state
+    if spec.dgrad_weight is None:
+        assert weight is not None
+        return _nk(weight, spec).to(call.dtype)
+    if call.weight is not None:
+        return _nk(_read(call.weight, spec.dgrad_weight, call.dtype), spec)
+    assert weight is not None
+    if spec.shared_weight:
+        assert scale is not None
+        rows, _, _ = ops.cast_transpose(
+            weight, spec.dgrad_weight, scale, fixed=True, seed=state.seed, rows=True, columns=False
+        )
+        return _nk(ops.dequantize(rows, scale, spec.dgrad_weight, call.dtype), spec)
+    qdata, scale = _dgrad_weight(weight, scale, call)
+    return ops.dequantize(qdata, scale, spec.dgrad_weight, call.dtype).t()
+
+
+def _wgrad_base_input(saved: Tensor, scale: Tensor | None, call: _Call) -> Tensor:
+    """What forward saved for wgrad, [M, K] in the base precision."""
+    spec = call.spec
+    if spec.wgrad_input is None:
+        return saved
+    assert scale is not None
+    if spec.kept_input:
+        assert spec.fprop_input is not None
+        return ops.dequantize(saved, scale, spec.fprop_input, call.dtype)
+    return ops.dequantize(saved, scale, spec.wgrad_input, call.dtype).t()
+
+
+def _base_grads(
+    grads: Tensor,
+    g: Quantized | None,
+    call: _Call,
+    quantised: bool,
+    *,
+    first_look: bool = True,
+    transposed: bool = False,
+) -> Tensor:
+    """grad_output [M, N] in the base precision, as dgrad reads it, or (`transposed`) as wgrad does."""
+    spec = call.spec
+    if not quantised:
+        return grads.to(call.dtype)
+    quant = spec.wgrad_grad_output if transposed else spec.dgrad_grad_output
+    assert quant is not None
+    if g is not None:
+        if g.qdata is not None:
+            return _read(g, quant, call.dtype)
+        return ops.dequantize(g.columns, g.scale, quant, call.dtype).t()[: grads.numel() // grads.shape[-1]]
+    x = grads.t() if transposed else grads
+    values = ops.dequantize(*_quantize(x, quant, call.grad_state, call.observe and first_look), quant, call.dtype)
+    return values.t() if transposed else values
 
 
 def _quantize(x: Tensor, quant: str, state: OperandState, observe: bool) -> tuple[Tensor, Tensor]:

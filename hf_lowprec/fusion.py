@@ -52,10 +52,14 @@ def fuse(
     report.untraced = {name or type(model).__name__: reason for name, reason in found.failures.items()}
     report.unfused_mlps = dict(found.unfused)
     for group in found.shared:
-        # Without one scale for the whole tensor there is nothing to share that pays.
-        if all(layers[name].spec.shared_input for name in group):
+        # What is shared is one quantised copy that every product of every reader takes as it is.
+        if all(layers[name].spec.common_input for name in group):
             share_input([layers[name] for name in group])
             report.shared.append(group)
+        else:
+            inside = recipe.input_norm is not None
+            why = "each linear normalises it first" if inside else "the recipe casts it per product"
+            report.unshared[" + ".join(group)] = why
     for name, norm in found.norms.items():
         reason = "the recipe is emulated" if emulate else reason_to_leave(name)
         reason = reason or _fuse_norm(modules[name])

@@ -77,6 +77,10 @@ class Scaling:
     store: `float32`; `e8m0` (needs a power-of-two snap); `float16` or `bfloat16` (optimizer states; rounded up, so
         that no value leaves the format).
     group: who shares a delayed amax: `local` or `data_parallel` ranks.
+    statistic: what a current scale follows from: the largest magnitude (`amax`) or the `mean` one.
+    target: the value of the format that the statistic is scaled to. None: the largest for `amax`, 1 for `mean`.
+    floor: a statistic below it counts as it.
+    inverse: keep factor = target / statistic instead: qdata = round(x * factor), x ~ qdata / factor.
     """
 
     granularity: Literal["tensor", "row", "column", "block", "tile"] = "tensor"
@@ -89,9 +93,28 @@ class Scaling:
     snap: Literal["exact", "rceil", "ocp", "ceil", "even"] = "exact"
     store: Literal["float32", "e8m0", "float16", "bfloat16"] = "float32"
     group: Literal["local", "data_parallel"] = "data_parallel"
+    statistic: Literal["amax", "mean"] = "amax"
+    target: float | None = None
+    floor: float = 0.0
+    inverse: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Scaled by the amax alone, to the largest value, as every kernel and every optimizer state takes it."""
+        return (self.statistic, self.target, self.floor, self.inverse) == ("amax", None, 0.0, False)
 
     @model_validator(mode="after")
     def _check(self) -> Scaling:
+        if not self.plain and self.method != "current":
+            raise ValueError("statistic, target, floor, inverse: only for method 'current'")
+        if self.floor < 0 or (self.target is not None and not self.target > 0):
+            raise ValueError("floor: at least 0; target: above 0")
+        if (self.statistic == "mean" or self.inverse) and (self.snap != "exact" or self.margin):
+            raise ValueError("statistic 'mean', inverse: the factor is exact; no snap, no margin")
+        if self.statistic == "mean" and self.granularity in ("block", "tile"):
+            raise ValueError("statistic: 'mean' is over a tensor, a row or a column")
+        if self.inverse and self.store != "float32":
+            raise ValueError("inverse: the factor is stored as float32")
         wanted = {"block": 1, "tile": 2}.get(self.granularity, 0)
         if len(self.block) != wanted or any(b < 1 for b in self.block):
             raise ValueError(f"block: {self.granularity!r} takes {wanted} positive sizes, got {self.block}")
@@ -127,6 +150,7 @@ class Quant:
     nonzero, optimizer states only: a value other than 0 never becomes 0, but the smallest code of its sign.
     split, methods `search` and `learned` only: `free` finds, with the range, how the format's bits divide into
         exponent and mantissa, one split per tensor; `fixed` keeps the format's own.
+    center, GEMM operands only: the group's mean is subtracted first, and not added back.
     """
 
     format: str
@@ -136,6 +160,7 @@ class Quant:
     compand: Literal["none", "softsign", "sqrt", "expand"] = "none"
     nonzero: bool = False
     split: Literal["fixed", "free"] = "fixed"
+    center: bool = False
 
     @field_validator("format")
     @classmethod
@@ -150,6 +175,8 @@ class Quant:
             self._check_flexible()
         elif self.split != "fixed":
             raise ValueError("split: only with method 'search' or 'learned' can the format be free")
+        if self.center and (self.scaling.granularity in ("block", "tile") or self.scaling.method != "current"):
+            raise ValueError("center: needs a tensor, rows or columns with scales of their own")
         if self.compand == "none":
             return self
         if self.scaling.granularity != "block" or self.scaling.method != "current":
@@ -179,6 +206,13 @@ class Quant:
     def flexible(self) -> bool:
         """Whether the range is searched or learned."""
         return self.scaling.method in FLEXIBLE
+
+    @property
+    def gemms_only(self) -> str:
+        """The first property that only a GEMM operand can have; empty for others."""
+        if self.center:
+            return "center"
+        return "" if self.scaling.plain else "statistic, target, floor, inverse:"
 
     @property
     def states_only(self) -> str:
@@ -238,6 +272,11 @@ def _refuse_states_only(slot: str, quant: Quant | None) -> None:
         raise ValueError(f"{slot}: {quant.states_only} is for optimizer states")
 
 
+def _refuse_gemms_only(slot: str, quant: Any) -> None:
+    if isinstance(quant, Quant) and quant.gemms_only:
+        raise ValueError(f"{slot}: {quant.gemms_only} for operands of GEMMs only")
+
+
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Accumulation:
     """How a GEMM sums its products: in `format` (None = float32), optionally in chunks whose sums add in `outer`.
@@ -281,7 +320,10 @@ class Accumulation:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Gemm:
-    """One GEMM's two operand slots (None = base precision) and its accumulation."""
+    """One GEMM's two operand slots (None = base precision) and its accumulation.
+
+    With one slot the quantised operand is read back into the base precision, in which the product then runs.
+    """
 
     input: Quant | None = None
     weight: Quant | None = None
@@ -294,6 +336,8 @@ class Gemm:
             _refuse_states_only(slot, getattr(self, slot))
         if self.accumulation.format is not None:
             self._check_sums([q for q in (self.input, self.weight, self.grad_output) if q is not None])
+        if self.one_sided and self.accumulation != Accumulation():
+            raise ValueError("accumulation: a product with one quantised operand runs in the base precision")
         return self
 
     @staticmethod
@@ -309,6 +353,8 @@ class Gemm:
             if not constant and quant.scaling.granularity not in ("tensor", "row"):
                 per = quant.scaling.granularity
                 raise ValueError(f"accumulation: a scale per {per} changes within a sum; one per tensor or row")
+            if quant.scaling.inverse:
+                raise ValueError("accumulation: scales multiply whole sums, and a factor with 'inverse' divides")
         formats = [get_format(quant.format) for quant in operands]
         if not all(isinstance(fmt, Format) for fmt in formats):
             raise ValueError("accumulation: the products of a codebook are not exact in float32")
@@ -320,6 +366,10 @@ class Gemm:
     @property
     def quantised(self) -> bool:
         return any(q is not None for q in (self.input, self.weight, self.grad_output))
+
+    @property
+    def one_sided(self) -> bool:
+        return sum(q is not None for q in (self.input, self.weight, self.grad_output)) == 1
 
 
 def _kind(master: Any) -> str:
@@ -356,6 +406,8 @@ class States:
         weight) is rounded to this format (arXiv 1812.08011); None: float32. A second moment is kept out of it.
     min_numel: tensors of fewer elements (counted before sharding) keep float32 moments.
     embeddings: False keeps float32 moments for embeddings (arXiv 2110.02861, section 2.3).
+    algorithm: `stable-adamw` (arXiv 2304.13013, algorithm 2) takes the place of the script's Adam or AdamW, with its
+        groups and hyperparameters. None: the algorithm stays.
     """
 
     exp_avg: Quant | None = None
@@ -366,6 +418,7 @@ class States:
     arithmetic: Quant | None = None
     min_numel: int = 0
     embeddings: bool = True
+    algorithm: Literal["stable-adamw"] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> States:
@@ -383,6 +436,7 @@ class States:
         slots = {name: getattr(self, name) for name in ("exp_avg", "exp_avg_sq", "master", "weight", "arithmetic")}
         for slot, quant in {**slots, "master.residual": residual}.items():
             _refuse_flexible(slot, quant)
+            _refuse_gemms_only(slot, quant)
             if isinstance(quant, Quant) and quant.overflow == "error":
                 raise ValueError(f"{slot}: overflow 'error' reads every result back to the host")
         if self.min_numel < 0:
@@ -418,6 +472,7 @@ class Communication:
     def _check(self) -> Communication:
         _refuse_states_only("gradient", self.gradient)
         _refuse_flexible("gradient", self.gradient)
+        _refuse_gemms_only("gradient", self.gradient)
         return self
 
 
@@ -449,6 +504,23 @@ class LossScale:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class InputNorm:
+    """A norm without weights inside every converted linear, of the input before it is quantised (BitNet's SubLN).
+
+    kind: `layer` (x - mean) / sqrt(var + eps), `rms` x / sqrt(mean(x^2) + eps), over the last dimension.
+    """
+
+    kind: Literal["layer", "rms"] = "layer"
+    eps: float = 1e-5
+
+    @model_validator(mode="after")
+    def _check(self) -> InputNorm:
+        if not self.eps > 0:
+            raise ValueError("eps: above 0, as a row of equal elements has no variance")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Recipe:
     """One way to train. See the module docstring for the slots; `hf-lowprec explain NAME` prints one.
 
@@ -457,6 +529,7 @@ class Recipe:
     weight_cache: low-precision copies of weights, cast once per optimizer step and kept until the next: `both` layouts
         (2 bytes per parameter), `one` (1 byte, the other is made in backward), or `none` (cast in every pass).
     modules_to_not_convert: names or regular expressions of modules to leave alone, added to the defaults.
+    input_norm: what converted linears do to their input first; None: nothing.
     """
 
     name: str
@@ -472,19 +545,20 @@ class Recipe:
     saved: Quant | None = None
     weight_cache: Literal["both", "one", "none"] = "both"
     modules_to_not_convert: tuple[str, ...] = ()
+    input_norm: InputNorm | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         _refuse_states_only("saved", self.saved)
         _refuse_flexible("saved", self.saved)
+        _refuse_gemms_only("saved", self.saved)
         foreign = {"fprop": "grad_output", "dgrad": "input", "wgrad": "weight"}
         for gemm, slot in foreign.items():
             if getattr(getattr(self, gemm), slot) is not None:
                 raise ValueError(f"{gemm}.{slot}: {gemm} does not read {slot}")
-            quants = [getattr(getattr(self, gemm), s) for s in ("input", "weight", "grad_output") if s != slot]
-            if (quants[0] is None) != (quants[1] is None) and not self.flexible:
-                raise ValueError(f"{gemm}: quantise both operands or neither")
         self._check_flexible()
+        if self.input_norm is not None and not self.quantises_gemms:
+            raise ValueError("input_norm: nothing is converted that could have one; quantise a GEMM")
         # Each operand of a layer keeps one amax history; its scale is made for the format of the first slot.
         for slot, first, second in (("input", "fprop", "wgrad"), ("weight", "fprop", "dgrad"),
                                     ("grad_output", "dgrad", "wgrad")):  # fmt: skip

@@ -24,6 +24,7 @@ class ConversionReport:
     flops, converted_flops: multiply-adds per token of the layers' GEMMs; output embeddings are not counted, as in
         the papers.
     shared: groups of linears that read the same tensor and quantise it once.
+    unshared: such a group that does not -> why each of its linears quantises for itself.
     norms, unfused_norms: norm -> the converted linears that read it; or -> why it runs unfused.
     unread: fused norm -> why it has no such linears.
     mlps, unfused_mlps: MLP -> what it computes; or -> why it runs unfused.
@@ -42,6 +43,7 @@ class ConversionReport:
     unconvertible: dict[str, str] = field(default_factory=dict)
     unmatched_patterns: list[str] = field(default_factory=list)
     shared: list[tuple[str, ...]] = field(default_factory=list)
+    unshared: dict[str, str] = field(default_factory=dict)
     norms: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unfused_norms: dict[str, str] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
@@ -144,6 +146,9 @@ class ConversionReport:
         lines = [f"  one input: {words}" for words in _kinds(" + ".join(_brief(group)) for group in self.shared)]
         norms = (f"{name} -> {' + '.join(_brief(readers))}" for name, readers in self.norms.items() if readers)
         lines += [f"  fused norm: {words}" for words in _kinds(norms)]
+        for reason, groups in _grouped(self.unshared).items():
+            named = (" + ".join(_brief(tuple(group.split(" + ")))) for group in groups)
+            lines += [f"  one input, not shared, {reason}: {words}" for words in _kinds(named)]
         for reason, names in _grouped(self.unread).items():
             lines += [f"  fused norm, {reason}: {words}" for words in _kinds(names)]
         lines += [f"  fused MLP: {words}" for words in _kinds(f"{name} = {what}" for name, what in self.mlps.items())]

@@ -111,11 +111,15 @@ def attach_optimizer(
     elif states is None:
         how = "kept (as asked)"
     elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        before = type(optimizer).__name__
         optimizer = optim.AdamW.adopt(optimizer, states)
         how = f"with {_describe(optimizer)}"
+        how = f"in place of {before}, {how}" if states.algorithm is not None else how
     elif states.of_weights and type(optimizer) is torch.optim.SGD:
         optimizer = optim.SGD.adopt(optimizer, states)
         how = f"with {_describe(optimizer)}"
+    elif states.algorithm is not None:
+        how = f"kept ({states.algorithm} takes over from Adam and AdamW only)"
     else:
         whose = "Adam, AdamW and SGD" if states.of_weights else "Adam and AdamW"
         how = f"kept (only {whose} have low-precision states)"
@@ -245,7 +249,8 @@ def _scaled_by_amax(session: Session) -> list[tuple[LayerState, torch.Tensor]]:
     quant = role_quants(session.recipe)["weight"]
     if quant is None or session.recipe.weight_cache == "none":
         return []
-    if quant.scaling.method != "current" or quant.scaling.granularity != "tensor":
+    scaling = quant.scaling
+    if scaling.method != "current" or scaling.granularity != "tensor" or scaling.statistic != "amax":
         return []
     return [(session.scaling.layers[name], weight) for name, weight in session.weights().items()]
 

@@ -126,6 +126,8 @@ class ReferenceLinear:
         if quant is None:
             return x.to(dtype).float()
         scaling = quant.scaling
+        if get_format(quant.format).is_integer and scaling.granularity != "block" and scaling.snap == "exact":
+            return integer_values(quant, x.float())
         if scaling.granularity in ("block", "row"):
             if not x.numel():
                 return x.float()
@@ -187,14 +189,22 @@ class ReferenceLinear:
         """(output, grad_input, grad_weight, grad_bias) in float32, not yet rounded; `dtype` is the base precision."""
         r = self.recipe
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        raw = rows
+        if r.input_norm is not None:
+            rows = torch.nn.functional.layer_norm(raw, raw.shape[-1:], eps=r.input_norm.eps)
         q_input = self.quantised("input", r.fprop.input, rows, dtype)
         out = self.product(0, q_input, self.quantised("weight", r.fprop.weight, weight, dtype))
         if bias is not None:
             out = out + bias.float()
+        # Each operand as its GEMM sees it, the sum along the last axis. One quantised operand: in the base precision.
+        base = dtype if r.dgrad.one_sided else torch.float32
         gd = self.quantised("grad_output", r.dgrad.grad_output, g, dtype)
-        grad_input = self.product(1, gd, self.quantised("weight", r.dgrad.weight, weight.t(), dtype))
+        grad_input = self.product(1, gd, self.quantised("weight", r.dgrad.weight, weight.t(), dtype).to(base).float())
+        base = dtype if r.wgrad.one_sided else torch.float32
         gw = self.quantised("grad_output", r.wgrad.grad_output, g.t(), dtype)
-        grad_weight = self.product(2, gw, self.quantised("input", r.wgrad.input, rows.t(), dtype))
+        grad_weight = self.product(2, gw, self.quantised("input", r.wgrad.input, rows.t(), dtype).to(base).float())
+        if r.input_norm is not None:
+            grad_input = layer_norm_backward(grad_input.to(x.dtype).float(), raw.float(), r.input_norm.eps)
         return out.reshape(*x.shape[:-1], len(weight)), grad_input.reshape(x.shape), grad_weight, g.float().sum(0)
 
     def product(self, number: int, a: Tensor, b: Tensor) -> Tensor:
@@ -217,6 +227,40 @@ class ReferenceLinear:
                 self.history[role] = history
                 self.scale[role] = self.scale_of(max(history), quant)
         self.seen = {}
+
+
+def integer_values(quant: Quant, x: Tensor) -> Tensor:
+    """Values of a matrix in int8, ternary or signs, by the papers' formulas, in units where int8 counts in 1/64."""
+    s = quant.scaling
+    if not x.numel():
+        return x
+    magnitude = x.abs()
+    if s.granularity == "tensor":
+        statistic = magnitude.mean() if s.statistic == "mean" else magnitude.max()
+    else:
+        statistic = magnitude.amax({"row": -1, "column": 0}[s.granularity], keepdim=True)
+    statistic = statistic.clamp(min=s.floor)
+    if quant.center:
+        x = x - x.mean()
+    target = s.target or (1.0 if s.statistic == "mean" else get_format(quant.format).max)
+    factor = (1 / statistic) * target if s.inverse else 1 / torch.where(statistic > 0, statistic / target, 1.0)
+    z = x * factor
+    if quant.format == "sign":
+        q = torch.where(z > 0, 1.0, -1.0)
+    else:
+        unit, largest = {"e0m7": (64, 127), "e0m1": (1, 1)}[quant.format]
+        q = (z * unit).round().clamp(-largest, largest) / unit
+    if s.inverse:
+        return q / factor
+    return q * (statistic / target)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    """The gradient of (x - mean) / sqrt(var + eps) over the last dimension."""
+    centred = x - x.mean(-1, keepdim=True)
+    r = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normal = centred * r
+    return r * (grad - grad.mean(-1, keepdim=True) - normal * (grad * normal).mean(-1, keepdim=True))
 
 
 def close_in(actual: Tensor, expected: Tensor, ulps: float = 1.0) -> None:

@@ -67,7 +67,8 @@ def test_needs_agrees_with_what_convert_refuses(monkeypatch, capability):
     e3m1, plain, e5m2 = (Quant(format=name) for name in ("e3m1", "e4m3fn", "e5m2"))
     pairs = [(mx, mx), (e3m1, e3m1), (mx, plain), (e5m2, e5m2), (e5m2, plain)]
     own = [Recipe(name="own", fprop={"input": a, "weight": b}) for a, b in pairs]
-    native = {"sm_89 or newer": capability >= (8, 9), "sm_100 or newer": capability >= (10, 0), "nowhere yet": False}
+    since = {"sm_80 or newer": (8, 0), "sm_89 or newer": (8, 9), "sm_100 or newer": (10, 0), "nowhere yet": (99, 0)}
+    native = {words: capability >= least for words, least in since.items()}
     for recipe in [*PRESETS.values(), *own]:
         if recipe.quantises_gemms:
             found = native_problem(recipe, torch.device("cuda", 0)) is None
@@ -175,7 +176,11 @@ def test_explain_states(name):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("fp8-ml", "did you mean 'fp8-lm'"), ("bitnet", "planned"), ("nothere.yaml", "does not exist")],
+    [
+        ("fp8-ml", "did you mean 'fp8-lm'"),
+        *((n, "planned") for n in [*PLANNED][:1]),
+        ("nothere.yaml", "does not exist"),
+    ],
 )
 def test_a_bad_recipe_is_refused(name, message):
     for command in (["explain", name], ["inspect", "some-model", "--recipe", name]):

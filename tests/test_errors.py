@@ -16,8 +16,8 @@ from core import QUANTISING, assert_same_state, batch, bits_of, mlp, same_bits, 
 from torch import Tensor, nn
 
 import hf_lowprec
+from hf_lowprec import describe
 from hf_lowprec.conversion import ConversionError, NothingConvertedError, native_problem, session_of
-from hf_lowprec.describe import needs
 from hf_lowprec.modules import LowPrecLinear
 from hf_lowprec.monitor import statistics
 from hf_lowprec.ops import quant_key
@@ -127,7 +127,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return set_capability
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTISING if needs(PRESETS[name]) == "sm_89 or newer"])
+SM_89 = "sm_89 or newer"
+FP8 = [name for name in QUANTISING if describe.needs(PRESETS[name]) == SM_89]
+
+
+@pytest.mark.parametrize("name", FP8)
 def test_gpu_without_fp8(name: str, gpu: Callable[[int, int], None]) -> None:
     gpu(8, 0)
     model = OnGpu(nn.Linear(32, 32))
@@ -158,7 +162,9 @@ def test_recipes_that_no_gpu_has(gpu: Callable[[int, int], None]) -> None:
     assert "no kernels for device type 'mps'" in str(native_problem(PRESETS["fp8-lm"], torch.device("mps")))
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTISING if needs(PRESETS[name]) != "sm_89 or newer"])
+@pytest.mark.parametrize(
+    "name", [n for n in QUANTISING if describe.needs(PRESETS[n]) not in (SM_89, "sm_80 or newer")]
+)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 def test_recipes_beyond_fp8_tensor_cores_are_emulated_unasked(
     name: str, capability: tuple[int, int], gpu: Callable[[int, int], None]
@@ -166,11 +172,11 @@ def test_recipes_beyond_fp8_tensor_cores_are_emulated_unasked(
     """MXFP8 is native from sm_100 on; the others nowhere. The summary says which, and why."""
     gpu(*capability)
     report = hf_lowprec.convert(model := OnGpu(nn.Linear(32, 32)), name)
-    native = needs(PRESETS[name]) == "sm_100 or newer" and capability == (10, 0)
+    native = describe.needs(PRESETS[name]) == "sm_100 or newer" and capability == (10, 0)
     assert report.emulated == model[0]._lowprec.spec.emulate == (not native)
     if native:
         assert "native GEMMs" in report.summary()
-    elif needs(PRESETS[name]) == "sm_100 or newer":
+    elif describe.needs(PRESETS[name]) == "sm_100 or newer":
         why = rf"emulated GEMMs \(recipe '{name}' needs MX tensor cores \(sm_100 or newer\), NVIDIA Oldtimer is sm_"
         assert re.search(why, report.summary())
     else:
@@ -365,7 +371,7 @@ def scale_state(model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", FP8)
 def test_non_finite_input_spoils_its_own_row_only(name: str, bad: float, steps: int) -> None:
     """Row 3, feature 7 is not finite. Everything else is bit-equal to a run in which that element is 0."""
     spoiled, clean = one_layer(name), one_layer(name)
@@ -396,7 +402,7 @@ def test_non_finite_input_spoils_its_own_row_only(name: str, bad: float, steps: 
     assert_same_state(run(spoiled, batch(6, 32), grad), run(clean, batch(6, 32), grad))
 
 
-@pytest.mark.parametrize("name", QUANTISING)
+@pytest.mark.parametrize("name", FP8)
 def test_non_finite_gradient_and_weight(name: str) -> None:
     spoiled, clean = one_layer(name), one_layer(name)
     x, grad = batch(6, 32), batch(6, 16, seed=1)

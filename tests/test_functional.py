@@ -39,6 +39,11 @@ PARTIAL = {
     "wgrad only": Recipe(name="wgrad-only", wgrad=Gemm(grad_output=G, input=X)),
     "no wgrad": Recipe(name="no-wgrad", fprop=Gemm(input=X, weight=W), dgrad=Gemm(grad_output=G, weight=W)),
     "no dgrad": Recipe(name="no-dgrad", fprop=Gemm(input=X, weight=W), wgrad=Gemm(grad_output=G, input=X)),
+    "weight read back": Recipe(name="weights", fprop=Gemm(weight=W), dgrad=Gemm(weight=W)),
+    "input read back": Recipe(name="inputs", fprop=Gemm(input=X), wgrad=Gemm(input=X)),
+    "gradient read back": Recipe(name="gradients", dgrad=Gemm(grad_output=G), wgrad=Gemm(grad_output=G)),
+    "weight of dgrad read back": Recipe(name="dgrad-weight", dgrad=Gemm(weight=W), wgrad=Gemm(grad_output=G, input=X)),
+    "input of wgrad read back": Recipe(name="wgrad-input", fprop=Gemm(input=X, weight=W), wgrad=Gemm(input=G)),
     "slots differ": Recipe(
         name="slots-differ",
         fprop=Gemm(input=X, weight=W),
@@ -67,6 +72,10 @@ def run(module: Any, x: Tensor, grad: Tensor, autocast: bool = False) -> tuple[T
     return out.detach(), x.grad
 
 
+def in_base_precision(gemm: Gemm) -> bool:
+    return gemm.one_sided or not gemm.quantised
+
+
 def check(module: Any, recipe: Recipe, x: Tensor, grad: Tensor, autocast: bool = False) -> None:
     base = torch.bfloat16 if autocast else x.dtype
     grad = grad.to(base)
@@ -76,8 +85,11 @@ def check(module: Any, recipe: Recipe, x: Tensor, grad: Tensor, autocast: bool =
     assert module.weight.grad.dtype == module.weight.dtype
     close_in(out, expected[0])
     # A GEMM without slots rounds its result to the base precision.
-    close_in(grad_input, expected[1], ulps=2.0**16 if autocast and not recipe.dgrad.quantised else 1)
-    close_in(module.weight.grad, expected[2], ulps=2.0**16 if autocast and not recipe.wgrad.quantised else 1)
+    if recipe.input_norm is not None and base == torch.bfloat16:  # a sum of what was rounded to bfloat16 before
+        assert float((grad_input - expected[1]).abs().max()) <= 2.0**-7 * float(expected[1].abs().max())
+    else:
+        close_in(grad_input, expected[1], ulps=2.0**16 if autocast and in_base_precision(recipe.dgrad) else 1)
+    close_in(module.weight.grad, expected[2], ulps=2.0**16 if autocast and in_base_precision(recipe.wgrad) else 1)
     if module.bias is not None:
         close_in(module.bias.grad, expected[3])
 
@@ -174,7 +186,7 @@ def saved_by(model: nn.Module, *args: Any, autocast: bool = True, **kwargs: Any)
     return saved
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", [n for n in FIXED if not in_base_precision(PRESETS[n].wgrad)])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_saved_activations_are_quantised(name: str, autocast: bool) -> None:
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16))

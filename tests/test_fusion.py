@@ -119,15 +119,19 @@ def test_emulated_recipes_leave_norms_alone_on_a_gpu(monkeypatch: pytest.MonkeyP
     assert "unfused, the recipe is emulated: 2 x model.layers.*.input_layernorm" in str(report)
 
 
-def test_scales_that_are_not_of_the_whole_tensor_are_not_shared() -> None:
+def test_one_quantised_copy_is_shared_where_it_is_the_only_one() -> None:
+    """Scales per token serve fprop, and a wgrad in the base precision needs none; scales that differ do not."""
     rows = {"format": "e4m3fn", "scaling": {"granularity": "row"}}
-    recipe = {"name": "rows", "fprop": {"input": rows, "weight": rows}}
-    model = llama()
-    report = hf_lowprec.convert(model, recipe)
-    assert (
-        report.shared == []
-        and len({id(x.operands[0].counts) for x in session_of(model).scaling.layers.values()}) == 14
-    )
+    tensor = {"format": "e4m3fn"}
+    for wgrad, groups in (({}, 4), ({"input": rows, "grad_output": tensor}, 0)):
+        recipe = {"name": "rows", "fprop": {"input": rows, "weight": rows}, "wgrad": wgrad}
+        model = llama()
+        report = hf_lowprec.convert(model, recipe)
+        assert (len(report.shared), len(report.unshared)) == (groups, 4 - groups)
+        states = {id(x.operands[0].counts) for x in session_of(model).scaling.layers.values()}
+        assert len(states) == (8 if groups else 14)
+        said = "one input, not shared, the recipe casts it per product: 2 x model.layers.*.self_attn.q_proj + k_proj"
+        assert (said in str(report)) is (not groups)
 
 
 def test_what_the_caller_leaves_out_is_not_fused() -> None:

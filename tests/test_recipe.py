@@ -223,7 +223,6 @@ WRONG: dict[str, tuple[Any, str]] = {
         changed("dgrad", "weight", "format", to="nf4"),
         r"dgrad: accumulation: the products of a codebook",
     ),
-    "one operand": (changed("dgrad", to={"weight": QUANT}), r"dgrad: quantise both operands or neither"),
     "foreign operand": (changed("wgrad", to={"weight": QUANT}), r"wgrad\.weight: wgrad does not read weight"),
     "8-bit second moment": (changed("states", "exp_avg_sq", to=QUANT), r"states: exp_avg_sq: 8 bits "),
     "second slot delayed otherwise": (

@@ -21,8 +21,8 @@ import hf_lowprec
 import hf_lowprec.modules.sharing as sharing
 from hf_lowprec import ops
 from hf_lowprec.conversion import session_of
-from hf_lowprec.functional import Quantized
 from hf_lowprec.modules.sharing import HandOver, hand_over, share_input
+from hf_lowprec.operands import Quantized
 from hf_lowprec.recipe import Gemm, Quant, Recipe, Scaling
 
 RECIPES = ["fp8-lm", "te-delayed", "te-current", "fp8-cscale"]
@@ -301,9 +301,9 @@ def test_what_cannot_be_shared() -> None:
     other, _ = blocks("te-current")
     with pytest.raises(ValueError, match="quantise their input differently"):
         share_input([states(other)[0], shared.out._lowprec])
-    rows = Quant(format="e4m3fn", scaling=Scaling(granularity="row"))
-    by_row = Recipe(name="rows", fprop=Gemm(input=rows, weight=rows))
-    alone, also = blocks(by_row)
+    columns = Quant(format="e4m3fn", scaling=Scaling(granularity="column"))
+    by_column = Recipe(name="columns", fprop=Gemm(input=columns, weight=Quant(format="e4m3fn")))
+    alone, also = blocks(by_column)
     assert states(also)[0].shared is None
     assert_alike(alone, also, lambda block, x: block(x))
 
@@ -429,14 +429,14 @@ def test_backward_keeps_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a shared input only what wgrad reads stays alive, although autograd keeps a record of each call."""
     _, shared = blocks()
     made: list[weakref.ref[Tensor]] = []
-    real = sharing.quantize_matrix
+    real = sharing.quantize_input
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         quantized = real(*args, **kwargs)
         made.append(weakref.ref(quantized.qdata))
         return quantized
 
-    monkeypatch.setattr(sharing, "quantize_matrix", watched)
+    monkeypatch.setattr(sharing, "quantize_input", watched)
     out = shared(batch(2, 9, 32).requires_grad_())
     gc.collect()
     assert made and all(reference() is None for reference in made)

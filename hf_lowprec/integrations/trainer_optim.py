@@ -2,6 +2,7 @@
 """`lowprec_optim=`: an optimizer of ours, or bitsandbytes' paged one, as a training argument.
 
     8bit, 4bit, fp8, fp8-lm, compact, bf16, fp32, ...      AdamW with these states
+    switchback                                             StableAdamW: the states of this recipe name it
     stable_adamw:8bit, adam:fp32, lion:8bit, sgd:8bit      another algorithm
     paged-8bit, paged-32bit, lion:paged-8bit               bitsandbytes.optim.PagedAdamW8bit and its kin
 
@@ -52,7 +53,8 @@ class Choice(NamedTuple):
 def parse(text: str) -> Choice:
     """Raises ValueError for an algorithm, states or a combination that do not exist."""
     algorithm, found, states = text.partition(":")
-    if not found or text.startswith("{"):  # States as JSON have colons of their own
+    named = bool(found) and not text.startswith("{")  # States as JSON have colons of their own
+    if not named:
         algorithm, states = "adamw", text
     algorithm = algorithm.lower().replace("-", "_")
     if algorithm not in ALGORITHMS:
@@ -64,9 +66,13 @@ def parse(text: str) -> Choice:
             raise ValueError(f"lowprec_optim={text!r}: bitsandbytes pages no such optimizer; known: {known}")
         return Choice(algorithm, bits, _PAGED[algorithm, bits])
     try:
-        resolve_states(states)
+        wanted = resolve_states(states).algorithm
     except ValueError as error:
         raise ValueError(f"lowprec_optim={text!r}: {error}") from None
+    if wanted is not None:
+        if named and algorithm != wanted.replace("-", "_"):
+            raise ValueError(f"lowprec_optim={text!r}: these states are those of {wanted}")
+        algorithm = wanted.replace("-", "_")
     return Choice(algorithm, states)
 
 

@@ -51,6 +51,8 @@ def _plan(quant: str) -> CastPlan | None:
         and scaling.method in ("none", "static", "current", "delayed")
         and scaling.store == "float32"
         and scaling.snap in ("exact", "rceil")
+        and scaling.plain
+        and not policy.center
     )
     if not covered:
         return None

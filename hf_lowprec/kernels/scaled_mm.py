@@ -6,6 +6,9 @@ be a multiple of 16 long. wgrad reduces over tokens, of which there can be any n
 buffers padded with zeros, which add nothing to the sums.
 
 Sums narrower than float32 have a kernel of their own, of the same bits as the default.
+
+Operands of integers (int8, ternary, signs) go to `torch._int_mm`, whose int32 sums are exact: the result differs from
+the default implementation's in no bit, unless a policy's stored factor divides (`Scaling.inverse`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,15 @@ from hf_lowprec.kernels.triton.formats import covered
 from hf_lowprec.kernels.triton.transpose import transpose
 from hf_lowprec.ops.quantize import parse_quant
 from hf_lowprec.ops.registry import count
-from hf_lowprec.ops.scaled_mm import default_scaled_mm, finish_sums, multiply, parse_accumulation, sums_name
+from hf_lowprec.ops.scaled_mm import (
+    are_integers,
+    default_scaled_mm,
+    finish_sums,
+    integer_mm,
+    multiply,
+    parse_accumulation,
+    sums_name,
+)
 
 _ALIGNMENT = 16
 _MX = "scaled_mm MX"
@@ -47,6 +58,10 @@ def scaled_mm(
         return _narrow(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, accumulation, seed)
     if emulate:
         return _emulated(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype)
+    if are_integers(a_quant, b_quant):
+        k = min(a.shape[1], b.shape[1])
+        qa, qb = parse_quant(a_quant), parse_quant(b_quant)
+        return integer_mm(a[:, :k], a_scale, qa, b[:, :k], b_scale, qb, bias, dtype)
     named = _supported(a.device, a_quant, b_quant)
     m, depth = a.shape
     n, other = b.shape
@@ -89,7 +104,8 @@ def _emulated(
 ) -> Tensor:
     """`default_scaled_mm`, whose operands a kernel decodes in one pass."""
     qa, qb = parse_quant(a_quant), parse_quant(b_quant)
-    if not decodes(qa) or not decodes(qb):
+    itself = qa.scaling.inverse or qb.scaling.inverse or are_integers(a_quant, b_quant)
+    if itself or not decodes(qa) or not decodes(qb):
         return default_scaled_mm(a, a_scale, a_quant, b, b_scale, b_quant, bias, dtype, False, True)
     count(f"emulated {qa.format} x {qb.format}")
     k = min(a.shape[1], b.shape[1])

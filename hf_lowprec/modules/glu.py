@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import numerics, ops
-from hf_lowprec.functional import Quantized, applier, first_order
+from hf_lowprec.functional import applier, first_order
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, set_class
 from hf_lowprec.modules.sharing import hand_over
 from hf_lowprec.modules.state import ProducedOperand
+from hf_lowprec.operands import Quantized
 from hf_lowprec.ops.glu import glu, glu_backward
 from hf_lowprec.recipe import Quant
 

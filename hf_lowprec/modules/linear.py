@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowprec.functional import linear
+from hf_lowprec.modules.input_norm import normalise
 from hf_lowprec.modules.state import LayerState
 from hf_lowprec.ops import parse_quant
 from hf_lowprec.ops.registry import count
@@ -41,6 +42,8 @@ class LowPrecMixin:
             return super().forward(input)  # type: ignore[misc, no-any-return]
         if state.operands[0].counts.device != input.device:
             state.to(input.device)
+        if state.input_norm is not None:
+            input = normalise(input, state.input_norm)
         # `self.weight` is a call of nn.Module.__getattr__; a parametrized one is found by it alone.
         own = self._parameters
         weight = own["weight"] if "weight" in own else self.weight

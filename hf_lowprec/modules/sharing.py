@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from hf_lowprec import ops
-from hf_lowprec.functional import OperandState, Quantized, quantize_matrix
+from hf_lowprec.functional import quantize_input
 from hf_lowprec.modules.state import LayerState
+from hf_lowprec.operands import OperandState, Quantized
 
 
 class HandOver:
@@ -88,17 +89,15 @@ class SharedInput:
         self._taken: set[int] = set()
 
     def quantize(self, member: LayerState, x: Tensor, *, observe: bool, columns: bool) -> Quantized:
-        """Q(x), and transposed if `columns`; the one that another member made if there is one."""
+        """Q(x), and transposed if `columns` and wgrad reads it so; what another member made if there is any."""
         found = self._slot.get(x)
         if found is None or (observe and not self._observed):
-            quant = member.spec.fprop_input
-            assert quant is not None
-            found = quantize_matrix(
-                x, quant, member.operands[0], ready=member.ready[0], observe=observe, columns=columns
+            found = quantize_input(
+                x, member.spec, member.operands[0], ready=member.ready[0], observe=observe, columns=columns
             )
             if not x.is_inference():  # has no version: nobody would see that it was written in between
                 self.put(x, found, observe)
-        elif columns and found.transposed is None:
+        elif columns and found.transposed is None and member.spec.shared_input:
             found = found._replace(transposed=ops.transposed(found.rows))
             self._slot.put(x, found)
         self._taken.add(id(member))
@@ -132,10 +131,10 @@ def share_input(states: Sequence[LayerState]) -> None:
     if any(state.shared is not None and len(state.shared.members) > 1 for state in states):
         raise ValueError("some of these layers share their input with others already")
     first = states[0].spec
-    wanted = (first.fprop_input, first.wgrad_input, first.shared_input)
-    if any((s.spec.fprop_input, s.spec.wgrad_input, s.spec.shared_input) != wanted for s in states):
+    wanted = (first.fprop_input, first.wgrad_input, first.common_input)
+    if any((s.spec.fprop_input, s.spec.wgrad_input, s.spec.common_input) != wanted for s in states):
         raise ValueError("layers that quantise their input differently cannot share it")
-    if not first.shared_input:
+    if not first.common_input:
         return  # a policy whose quantised form is not the tensor's alone
     group = SharedInput(states)
     for state in states:

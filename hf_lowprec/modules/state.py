@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hf_lowprec import numerics
 from hf_lowprec.formats import get_format
-from hf_lowprec.functional import LinearSpec, OperandState
 from hf_lowprec.modules.weight_cache import WeightCache
-from hf_lowprec.recipe import Quant, Recipe, Scaling
+from hf_lowprec.operands import LinearSpec, OperandState
+from hf_lowprec.recipe import InputNorm, Quant, Recipe, Scaling
 
 if TYPE_CHECKING:
     from hf_lowprec.modules.flexible import Flexible
@@ -86,6 +86,7 @@ class LayerState:
         an optimizer step, so that recomputed activations have the same bits, and micro-batches the same words.
     flexible: ranges that are searched or learned (`modules.flexible`).
     least: an input of fewer elements is multiplied in the base precision, in eager mode (`hf_lowprec.break_even`).
+    input_norm: what the layer does to its input first.
     """
 
     spec: LinearSpec
@@ -97,6 +98,7 @@ class LayerState:
     sum_seeds: SumSeeds = (None, None, None)
     flexible: Flexible | None = None
     least: int = 0
+    input_norm: InputNorm | None = None
 
     @classmethod
     def create(cls, recipe: Recipe, index: int, *, weight_is_kn: bool, emulate: bool) -> LayerState:
@@ -106,7 +108,7 @@ class LayerState:
         spec = LinearSpec.from_recipe(recipe, weight_is_kn=weight_is_kn, emulate=emulate)
         cache = WeightCache(recipe.weight_cache)
         seeds = _sum_seeds(recipe, index)
-        return cls(spec=spec, operands=operands, weight_cache=cache, sum_seeds=seeds)  # type: ignore[arg-type]
+        return cls(spec, operands, weight_cache=cache, sum_seeds=seeds, input_norm=recipe.input_norm)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> None:
         self.operands = tuple(  # type: ignore[assignment]

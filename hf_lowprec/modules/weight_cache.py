@@ -31,7 +31,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_lowprec.functional import LinearSpec, OperandState, Quantized, quantize_matrix
+from hf_lowprec.functional import quantize_matrix
+from hf_lowprec.operands import LinearSpec, OperandState, Quantized
 
 Policy = Literal["both", "one", "none"]
 _steps = 0

@@ -5,7 +5,8 @@ from hf_lowprec.numerics.accumulation import accumulate
 from hf_lowprec.numerics.activations import ACTIVATIONS, activation, activation_slope
 from hf_lowprec.numerics.errors import relative_error, saturation_fraction, sqnr, underflow_fraction
 from hf_lowprec.numerics.hashing import counter_hash, seed_keys
-from hf_lowprec.numerics.quantize import ScaledTensor, dequantize, quantize, quantize_dequantize
+from hf_lowprec.numerics.integers import integer_product, integer_unit_of, integers
+from hf_lowprec.numerics.quantize import ScaledTensor, centred, dequantize, quantize, quantize_dequantize
 from hf_lowprec.numerics.roots import sqrt_rn
 from hf_lowprec.numerics.rounding import Overflow, decode, encode, round_to_format
 from hf_lowprec.numerics.scaling import (
@@ -14,9 +15,12 @@ from hf_lowprec.numerics.scaling import (
     delayed_update,
     expand_scale,
     finite_amax,
+    multiplier,
     scale_from_amax,
     scale_like,
     scale_shape,
+    statistic_per_group,
+    way_in,
 )
 
 __all__ = [
@@ -28,6 +32,7 @@ __all__ = [
     "activation",
     "activation_slope",
     "amax_per_group",
+    "centred",
     "counter_hash",
     "decode",
     "delayed_update",
@@ -35,6 +40,10 @@ __all__ = [
     "encode",
     "expand_scale",
     "finite_amax",
+    "integer_product",
+    "integer_unit_of",
+    "integers",
+    "multiplier",
     "quantize",
     "quantize_dequantize",
     "relative_error",
@@ -46,5 +55,7 @@ __all__ = [
     "seed_keys",
     "sqnr",
     "sqrt_rn",
+    "statistic_per_group",
     "underflow_fraction",
+    "way_in",
 ]

@@ -2,8 +2,9 @@
 """Quantise a tensor by a policy: q = round(x * (1 / scale)), x ~ q * scale.
 
 The reciprocal is a float32 division per group, the products float32 multiplications; with power-of-two scales both are
-exact. Where a format has a NaN code, a non-finite element becomes NaN alone and its group's scale comes from the other
-elements. A format without one (MXFP4, MXINT8) cannot say so: there the scale of the group is NaN, as in OCP MX v1.0.
+exact. (With `Scaling.inverse` the factor itself is stored: q = round(x * factor), x ~ q / factor.) Where a format has
+a NaN code, a non-finite element becomes NaN alone and its group's scale comes from the other elements. A format
+without one (MXFP4, MXINT8) cannot say so: there the scale of the group is NaN, as in OCP MX v1.0.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from hf_lowprec.numerics.lookup import Lookup, look_up
 from hf_lowprec.numerics.rounding import Part, check, code_table, decode_part, map_chunks, rounder
 from hf_lowprec.numerics.scaling import (
     NonFinite,
-    amax_per_group,
     expand_scale,
+    mean_per_group,
     scale_from_amax,
+    statistic_per_group,
     store_scale,
+    way_in,
 )
 from hf_lowprec.recipe import Quant
 
@@ -48,10 +51,12 @@ def quantize(
     seed: int | Tensor | None = None,
     words: Tensor | None = None,
     nonfinite: NonFinite = "element",
+    own_scale: bool = False,
 ) -> ScaledTensor:
     """Quantise `x` (float32, bfloat16, float16; any shape; float64 is rounded to float32 first).
 
     scale: used instead of one from this tensor's amax; delayed scaling needs it.
+    own_scale: `scale` is what an earlier call gave for this `x`, and so says what the format cannot (NaN).
     reduction_axis: the axis that the GEMM sums over, along which blocks lie.
     seed, words: see `round_to_format`. nonfinite: see `amax_per_group`.
 
@@ -62,7 +67,10 @@ def quantize(
     stored = _scale(x, quant, fmt, scale, reduction_axis, nonfinite)
     native = fmt.torch_dtype_name
     dtype = torch.float32 if native is None else getattr(torch, native)
-    own = scale is None and quant.scaling.method == "current"  # what the format cannot say, the group's scale says
+    x = centred(x, quant)
+    own = (
+        scale is None or own_scale
+    ) and quant.scaling.method == "current"  # what the format cannot say, the group's scale says
     # torch casts to float8 faster than a look-up, but not on the CPU.
     if native is None or (x.device.type == "cpu" and not torch.compiler.is_compiling()):
         table = code_table(fmt, quant.rounding.mode, quant.overflow, x.device)
@@ -82,7 +90,7 @@ def quantize(
 def dequantize(
     scaled: ScaledTensor, quant: Quant, dtype: torch.dtype = torch.float32, reduction_axis: int = -1
 ) -> Tensor:
-    """qdata * scale in float32, then `dtype`."""
+    """qdata * scale (qdata / scale with `Scaling.inverse`) in float32, then `dtype`."""
     q = scaled.qdata
     fmt = get_format(quant.format)
     scale, run = _runs(scaled.scale.float(), q, quant, reduction_axis)
@@ -94,7 +102,8 @@ def dequantize(
     def part(some: Tensor, start: int, out: Tensor | None) -> Tensor:
         values = some.float() if some.is_floating_point() else look_up(some, start, out)
         rows = values.view(-1, run)
-        return rows.mul_(_pick(scale, slice(start // run, start // run + rows.shape[0])))
+        factor = _pick(scale, slice(start // run, start // run + rows.shape[0]))
+        return rows.div_(factor) if quant.scaling.inverse else rows.mul_(factor)
 
     return map_chunks(part, q, dtype, run)
 
@@ -114,7 +123,9 @@ def quantize_dequantize(
     used = _scale(x, quant, fmt, scale, reduction_axis, nonfinite).float()
     own = scale is None and quant.scaling.method == "current"
     table = _table_of(quant, fmt, x.device) if fmt.has_nan or own else None
-    return _apply(x, quant, fmt, used, reduction_axis, seed, words, x.dtype, dequantized=True, table=table)
+    return _apply(
+        centred(x, quant), quant, fmt, used, reduction_axis, seed, words, x.dtype, dequantized=True, table=table
+    )
 
 
 def _table_of(quant: Quant, fmt: Format | Codebook, device: torch.device) -> Lookup | None:
@@ -137,6 +148,11 @@ def _by_table(table: Lookup, fmt: Format | Codebook) -> Part:
     return part
 
 
+def centred(x: Tensor, quant: Quant) -> Tensor:
+    """`x`, or with `quant.center` the float32 `x` minus the mean of its group."""
+    return x.detach().float() - mean_per_group(x, quant.scaling) if quant.center else x
+
+
 def _scale(
     x: Tensor, quant: Quant, fmt: Format | Codebook, scale: Tensor | None, reduction_axis: int, nonfinite: NonFinite
 ) -> Tensor:
@@ -149,7 +165,7 @@ def _scale(
         amax = torch.ones((), device=x.device)
     else:
         whole = nonfinite if fmt.has_nan else "group"
-        amax = amax_per_group(x, scaling, reduction_axis, nonfinite=whole)
+        amax = statistic_per_group(x, scaling, reduction_axis, nonfinite=whole)
     return store_scale(scale_from_amax(amax, fmt, scaling), scaling)
 
 
@@ -174,13 +190,15 @@ def _apply(
     else:
         round_part = rounder(fmt, torch.float32, quant.rounding, quant.overflow, seed, words)
     scale, run = _runs(scale, x, quant, reduction_axis)
-    inverse = 1.0 / scale
+    inverse = way_in(scale, quant.scaling)
 
     def part(hp: Tensor, start: int, out: Tensor | None) -> Tensor:
         rows = hp.float().view(-1, run)
         here = slice(start // run, start // run + rows.shape[0])
         rounded = round_part(rows * _pick(inverse, here), start, None if out is None else out.view(-1, run))
-        return rounded.mul_(_pick(scale, here)) if dequantized else rounded
+        if not dequantized:
+            return rounded
+        return rounded.div_(_pick(scale, here)) if quant.scaling.inverse else rounded.mul_(_pick(scale, here))
 
     return map_chunks(part, x, dtype, run)
 
@@ -195,7 +213,7 @@ def _scaled(
 ) -> Tensor:
     """function(x / scale) of float32, elementwise, in `dtype`."""
     scale, run = _runs(scale, x, quant, reduction_axis)
-    inverse = 1.0 / scale
+    inverse = way_in(scale, quant.scaling)
 
     def part(hp: Tensor, start: int, out: Tensor | None) -> Tensor:
         rows = hp.float().view(-1, run)

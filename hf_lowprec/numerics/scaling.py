@@ -11,11 +11,17 @@ A scale always multiplies codes: x ~ qdata * scale. From amax a, the format's la
     ceil    2^(ceil(log2 a) - e + m)
     even    2^(floor(log2 a') - e + m)    a' = a rounded half up to the format's mantissa
 
+`target` takes the place of F. With `statistic="mean"` a is the mean magnitude and F is 1, unless `target` says
+otherwise; `floor` is the least that a counts for. With `inverse` what is kept is factor = (1 / a) * F, in two
+roundings as BitNet's code has it (arXiv 2402.17764). It multiplies on the way in and divides on the way out, where a
+scale does the opposite; values differ in their last bits.
+
 Exponents come from the bits of a float, never from a rounded logarithm, which is wrong just below powers of two.
 
-Stated results. amax 0: scale 1 (2^-127 in E8M0, as OCP). amax Inf or NaN: scale NaN, and the whole group decodes to
-NaN; the amax functions here leave non-finite elements out, so that this needs `nonfinite="group"`. Scales stay within
-the normal float32 numbers, [2^-126, 2^126] (E8M0: [2^-127, 2^127]), so that the reciprocal is finite too.
+Stated results. amax 0: scale 1 (2^-127 in E8M0, as OCP; 2^-126 for a format that has no zero). amax Inf or NaN: scale
+NaN, and the whole group decodes to NaN; the amax functions here leave non-finite elements out, so that this needs
+`nonfinite="group"`. Scales stay within the normal float32 numbers, [2^-126, 2^126] (E8M0: [2^-127, 2^127]), so that
+the reciprocal is finite too.
 """
 
 from __future__ import annotations
@@ -160,11 +166,41 @@ def _row_amax(x: Tensor) -> Tensor:
     return out.view(torch.float32).view(x.shape[:-1])
 
 
+def mean_per_group(x: Tensor, scaling: Scaling, *, magnitude: bool = False) -> Tensor:
+    """Mean of each group of `x`, or of its magnitudes, float32 of `scale_shape`; 0 for a group of no elements.
+
+    A group with Inf or NaN has a mean that is neither finite. Tensor, row and column granularity.
+    """
+    view, dims = group_view(x.detach(), scaling)
+    view = view.float()
+    if not view.numel():
+        return torch.zeros(scale_shape(tuple(x.shape), scaling), dtype=torch.float32, device=x.device)
+    if magnitude:
+        view = view.abs()
+    return view.mean() if scaling.granularity == "tensor" else view.mean(dims, keepdim=True)
+
+
+def statistic_per_group(
+    x: Tensor, scaling: Scaling, reduction_axis: int = -1, *, nonfinite: NonFinite = "element"
+) -> Tensor:
+    """What the scale of each group follows from: `amax_per_group`, or the mean magnitude."""
+    if scaling.statistic == "amax":
+        return amax_per_group(x, scaling, reduction_axis, nonfinite=nonfinite)
+    mean = mean_per_group(x, scaling, magnitude=True)
+    if nonfinite == "group":
+        return mean
+    finite = x.detach().isfinite()
+    rest = mean_per_group(torch.where(finite, x.detach(), 0), scaling, magnitude=True)
+    return torch.where(mean.isfinite(), mean, rest / mean_per_group(finite, scaling).clamp(min=2.0**-24))
+
+
 # --- scale ----------------------------------------------------------------------------------------------------------
 
 
 def scale_from_amax(amax: Tensor, fmt: str | Format | Codebook, scaling: Scaling) -> Tensor:
     """The scale of every group, float32 of the shape of `amax`; formulas and stated results in the module docstring.
+
+    With `scaling.inverse` it is the factor; with `statistic="mean"`, `amax` is a mean.
 
     `none` and `static` ignore `amax`. Raises ValueError: `even` for a codebook, which has no mantissa.
     """
@@ -173,8 +209,16 @@ def scale_from_amax(amax: Tensor, fmt: str | Format | Codebook, scaling: Scaling
     if scaling.method in ("none", "static"):
         return torch.full_like(amax, 2.0**scaling.exponent)
     man = fmt.man if isinstance(fmt, Format) else None
-    fmt_max = torch.full((), fmt.max, dtype=torch.float32, device=amax.device)
-    return _scale(amax, fmt_max, scaling, man)
+    top = 1.0 if scaling.statistic == "mean" else fmt.max
+    top = top if scaling.target is None else scaling.target
+    if scaling.floor:
+        amax = amax.clamp(min=scaling.floor)
+    if scaling.inverse:
+        factor = torch.where(amax > 0, (amax.reciprocal() * top).clamp(2.0**-126, 2.0**126), 1.0)
+        return torch.where(amax.isfinite(), factor, torch.nan)
+    fmt_max = torch.full((), top, dtype=torch.float32, device=amax.device)
+    scale = _scale(amax, fmt_max, scaling, man)
+    return scale if fmt.has_zero or scaling.store == "e8m0" else torch.where(amax == 0, 2.0**-126, scale)
 
 
 def _scale(amax: Tensor, fmt_max: Tensor, scaling: Scaling, man: int | None) -> Tensor:
@@ -186,6 +230,16 @@ def _scale(amax: Tensor, fmt_max: Tensor, scaling: Scaling, man: int | None) -> 
         scale = power_of_two(exponent.clamp(-limit, limit))
     scale = torch.where(amax > 0, scale, 2.0**-127 if scaling.store == "e8m0" else 1.0)
     return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def way_in(scale: Tensor, scaling: Scaling) -> Tensor:
+    """What a stored float32 scale multiplies elements by before they are rounded."""
+    return scale if scaling.inverse else 1.0 / scale
+
+
+def multiplier(scale: Tensor, scaling: Scaling) -> Tensor:
+    """What multiplies codes, or sums of products of codes, to give values."""
+    return 1.0 / scale if scaling.inverse else scale
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

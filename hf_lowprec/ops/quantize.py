@@ -144,7 +144,7 @@ def default_quantize(
     hp = input.detach().contiguous()
     if not fixed:
         scale = _scale(hp, policy, scale, amax, partials)
-    qdata, used = numerics.quantize(hp, policy, scale=scale, seed=seed)
+    qdata, used = numerics.quantize(hp, policy, scale=scale, seed=seed, own_scale=fixed)
     if counts is not None:
         _count(hp, policy, used, counts)
     # Operators may not return their own argument.
@@ -156,7 +156,7 @@ def _scale(
 ) -> Tensor | None:
     """The scale to use; None: as the policy has it."""
     scaling = policy.scaling
-    if scaling.method == "current" and partials is not None:
+    if scaling.method == "current" and scaling.statistic == "amax" and partials is not None:
         return store_scale(numerics.scale_from_amax(partials.max(), policy.format, scaling), scaling)
     if scaling.method != "delayed":
         return None
@@ -177,17 +177,17 @@ def _count(hp: Tensor, policy: Quant, scale: Tensor, counts: Tensor) -> None:
     if not flat.numel():
         return
     stride = sample_stride(flat.numel())
-    sample, fmt = flat[::stride].float(), get_format(policy.format)
+    sample, fmt = numerics.centred(hp, policy).reshape(-1)[::stride].float(), get_format(policy.format)
     one = scale.numel() == 1
     used = scale.float() if one else _scales_of_sample(scale.float(), hp.shape, policy.scaling, stride)
-    magnitude = sample.abs() * (1.0 / used)
+    magnitude = sample.abs() * numerics.way_in(used, policy.scaling)
     # Where the format has no NaN, one bad element makes the whole group's scale NaN; only that element is counted.
     finite = (magnitude if one and fmt.has_nan else sample).isfinite()
     seen = torch.stack(
         [
             torch.full((), sample.numel(), dtype=torch.int64, device=hp.device),
             ((magnitude > fmt.max) & finite).sum(),
-            ((magnitude > 0) & (magnitude <= fmt.tiny / 2)).sum(),
+            ((magnitude > 0) & (magnitude <= (fmt.tiny / 2 if fmt.has_zero else 0.0))).sum(),
             (~finite).sum(),
         ]
     )
@@ -313,7 +313,7 @@ def default_current_scale(input: Tensor, quant: str) -> Tensor:
     policy = parse_quant(quant)
     if policy.scaling.method in ("none", "static"):
         return torch.full((), 2.0**policy.scaling.exponent, dtype=torch.float32, device=input.device)
-    amax = numerics.amax_per_group(input.detach(), policy.scaling)
+    amax = numerics.statistic_per_group(input.detach(), policy.scaling)
     return numerics.scale_from_amax(amax, policy.format, policy.scaling)
 
 

@@ -2,8 +2,11 @@
 """hf_lowprec::scaled_mm: output = (a * a_scale) @ (b * b_scale).T + bias, from quantised operands.
 
 The default implementation is the truth: operands are decoded, products and sums are float32, the scales multiply the
-sum, one rounding to the output dtype ends it. The CUDA implementation (`kernels/`) is `torch._scaled_mm`, whose
-tensor cores sum in another order and, on Hopper, with fewer bits: tests hold it to a stated tolerance.
+sum, one rounding to the output dtype ends it. Two exceptions: where each row has its own scale, or a policy's stored
+factor divides (`Scaling.inverse`), the values themselves are multiplied; and two operands of integers whose scales are
+those of rows or tensors are multiplied as integers, which is exact, before the scales do. The CUDA implementation
+(`kernels/`) is `torch._scaled_mm`, whose tensor cores sum in another order and, on Hopper, with fewer bits: tests hold
+it to a stated tolerance.
 
 Sums narrower than float32 (`numerics.accumulation`) cross the operator boundary as a string, as policies do; the empty
 one stands for float32. Their kernel gives the same bits as the default.
@@ -15,13 +18,15 @@ import json
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from hf_lowprec import numerics
+from hf_lowprec.formats import get_format
 from hf_lowprec.ops.quantize import parse_quant
 from hf_lowprec.ops.registry import LIBRARY, count, direct
-from hf_lowprec.recipe import Accumulation
+from hf_lowprec.recipe import Accumulation, Quant
 
 _ACCUMULATION = TypeAdapter(Accumulation)
 
@@ -97,14 +102,17 @@ def default_scaled_mm(
     seed: Tensor | None = None,
 ) -> Tensor:
     qa, qb = parse_quant(a_quant), parse_quant(b_quant)
-    count(f"emulated {qa.format} x {qb.format}{sums_name(accumulation)}")
     k = min(a.shape[1], b.shape[1])
+    divides = qa.scaling.inverse or qb.scaling.inverse
+    if not divides and not accumulation and are_integers(a_quant, b_quant):
+        return integer_mm(a[:, :k], a_scale, qa, b[:, :k], b_scale, qb, bias, dtype)
+    count(f"emulated {qa.format} x {qb.format}{sums_name(accumulation)}")
     a, b = a[:, :k], b[:, :k]
     if accumulation:
         how = parse_accumulation(accumulation)
         out = numerics.accumulate(_values(a, qa.format), _values(b, qb.format), how, seed=seed)
         return finish_sums(out, a_scale, b_scale, bias, dtype)
-    one_scale = a_scale.numel() == 1 and b_scale.numel() == 1
+    one_scale = a_scale.numel() == 1 and b_scale.numel() == 1 and not divides
     if one_scale:
         hp_a, hp_b = _values(a, qa.format), _values(b, qb.format)
     else:
@@ -117,9 +125,10 @@ def multiply(a: Tensor, b: Tensor, scale: Tensor | None, bias: Tensor | None, dt
     """a @ b.T of float32 operands, times one scale, plus the bias, in `dtype`."""
     # Autocast reaches into operators and would turn the float32 product into a bfloat16 one.
     with torch.autocast(a.device.type, enabled=False):
+        if scale is None:
+            return F.linear(a, b, None if bias is None else bias.float()).to(dtype)
         out = a @ b.t()
-        if scale is not None:
-            out *= scale
+        out *= scale
         if bias is not None:
             out += bias.float()
         return out.to(dtype)
@@ -140,6 +149,38 @@ def finish_sums(out: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | No
         if scale.numel() not in (1, rows):
             raise ValueError(f"narrow sums need one scale, or one per row, got {tuple(scale.shape)} for {rows} rows")
     out *= (a_scale.float().reshape(-1, 1) * b_scale.float().reshape(1, -1)).expand(out.shape)
+    if bias is not None:
+        out += bias.float()
+    return out.to(dtype)
+
+
+@cache
+def are_integers(a_quant: str, b_quant: str) -> bool:
+    """Whether the product is one of integers, times a factor per row of either operand."""
+    policies = parse_quant(a_quant), parse_quant(b_quant)
+    return all(get_format(q.format).is_integer and q.scaling.granularity in ("tensor", "row") for q in policies)
+
+
+def integer_mm(
+    a: Tensor,
+    a_scale: Tensor,
+    qa: Quant,
+    b: Tensor,
+    b_scale: Tensor,
+    qb: Quant,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product of two operands of integers [M, K] x [N, K], one scale per tensor or per row of each.
+
+    The int32 sum is exact; it is rounded to float32, multiplied by the scale of its row, then of its column.
+    """
+    count(f"_int_mm {qa.format} x {qb.format}")
+    units = numerics.integer_unit_of(qa.format) * numerics.integer_unit_of(qb.format)
+    sums = numerics.integer_product(numerics.integers(a, qa.format), numerics.integers(b, qb.format))
+    rows = numerics.multiplier(a_scale.float(), qa.scaling) * units
+    columns = numerics.multiplier(b_scale.float(), qb.scaling)
+    out = sums.float().mul_(rows).mul_(columns if columns.dim() == 0 else columns.view(1, -1))
     if bias is not None:
         out += bias.float()
     return out.to(dtype)

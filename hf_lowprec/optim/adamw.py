@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_lowprec.optim import states as st
 from hf_lowprec.optim.adopt import adopt
 from hf_lowprec.optim.base import _NO_STATE, LowPrecOptimizer
 from hf_lowprec.recipe import States
@@ -89,19 +90,23 @@ class AdamW(_AdamLike):
         return state
 
     @classmethod
-    def adopt(cls, optimizer: Optimizer, states: str | States) -> AdamW:
+    def adopt(cls, optimizer: Optimizer, states: str | States) -> AdamW | StableAdamW:
         """Takes over from a torch.optim.AdamW (gives an AdamW) or torch.optim.Adam (gives an Adam).
 
         The new optimizer has the same `param_groups` list and the same hooks, so LR schedulers built on the old one
         go on driving it. Moments that exist are quantised. The old optimizer shares the new one's `state` and forwards
         its methods, so a script may go on using, saving and loading either; adopted again, it gives the same new one.
         States with predicted scales become exact ones (`fp8-lm-exact`) under an Adam with weight decay, which is
-        coupled. Nothing has changed when it raises: TypeError for another class, or a mode that has no counterpart
+        coupled. States whose `algorithm` is `stable-adamw` give a StableAdamW instead, which refuses such an Adam, and
+        an eps of 0. Nothing has changed when it raises: TypeError for another class, or a mode that has no counterpart
         here (amsgrad, differentiable); ValueError for moments that hold NaN or Inf, low-precision states that a torch
         optimizer has loaded, or one that was adopted with other states.
         """
-        new = adopt(optimizer, states, {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam})
-        assert isinstance(new, AdamW)
+        kinds: dict[type[Optimizer], type[LowPrecOptimizer]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
+        if st.resolve_states(states).algorithm is not None:
+            kinds = dict.fromkeys(kinds, StableAdamW)
+        new = adopt(optimizer, states, kinds)
+        assert isinstance(new, AdamW | StableAdamW)
         return new
 
 

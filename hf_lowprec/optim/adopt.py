@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,10 @@ def adopt(
         known_kinds = " or ".join(kind.__qualname__ for kind in kinds)
         raise TypeError(f"adopt takes a torch.optim.{known_kinds}, not a {type(optimizer).__qualname__}")
     decoupled = isinstance(optimizer, torch.optim.AdamW)
-    if not decoupled and any(group["weight_decay"] for group in optimizer.param_groups):
+    stable = kinds[type(optimizer)].algorithm == "stable_adam"
+    if stable:
+        _check_stable(optimizer, decoupled)
+    elif not decoupled and any(group["weight_decay"] for group in optimizer.param_groups):
         states = _exact(states)
     name = st.states_name(states)
     known: LowPrecOptimizer | None = optimizer.__dict__.get(_ADOPTED_BY)
@@ -67,6 +71,27 @@ def adopt(
     return new
 
 
+def _check_stable(optimizer: Optimizer, decoupled: bool) -> None:
+    """Raises ValueError where the hyperparameters would mean something else to StableAdamW."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"] and not decoupled:
+            raise ValueError(
+                "StableAdamW decays weights apart from the gradient, this torch.optim.Adam adds weight_decay="
+                f"{group['weight_decay']} to it: use torch.optim.AdamW, or weight_decay=0"
+            )
+        if not group["eps"] > 0:
+            raise ValueError(f"eps: {group['eps']} is not > 0, and StableAdamW divides by its square where v is 0")
+
+
+def _debiased(held: Mapping[str, Any], betas: tuple[float, float]) -> Mapping[str, Any]:
+    """Adam's moments as StableAdamW keeps them: it corrects the betas, so that its moments are the corrected ones."""
+    step = float(held.get("step", 0.0))
+    if not step:
+        return held
+    moments = zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
+    return {**held, **{name: held[name] / (1 - beta**step) for name, beta in moments}}
+
+
 def _exact(states: str | States) -> States:
     """Predicted scales as exact ones: coupled weight decay adds to the gradient what no bound knows before the pass.
 
@@ -94,7 +119,8 @@ def _taken_over(
         for position, param in enumerate(group["params"]):
             held = old.state.get(param)
             if held:
-                held = new.from_foreign(held)
+                stable = new.algorithm == "stable_adam"
+                held = _debiased(held, group["betas"]) if stable else new.from_foreign(held)
                 by_name.check_marked(planned, names, position)
                 states = by_name.of_parameter(planned, position, param.numel(), vector=is_vector(param))
                 state[param] = st.from_torch(held, states, param, "adopted optimizer", new.moments(planned, held))

@@ -162,6 +162,9 @@ class LowPrecOptimizer(Optimizer):
     def _admit(self, group: dict[str, Any]) -> None:
         """Writes the group's overrides down. Raises where a parameter cannot have the states it would get."""
         params = group["params"]
+        wanted = st.resolve_states(group["states"]).algorithm
+        if wanted is not None and wanted != self.algorithm.replace("_adam", "-adamw"):
+            raise ValueError(f"states {group['states']!r} are those of algorithm {wanted}, not {type(self).__name__}")
         names = by_name.match(self._patterns, group.get("param_names"), len(params))
         group["overrides"] = by_name.with_marks(names, group)
         for position, param in enumerate(params):

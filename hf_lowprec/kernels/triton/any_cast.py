@@ -267,6 +267,7 @@ def plan_of(quant: Quant) -> AnyPlan | None:
         or not plain(quant)
         or quant.overflow not in _OVERFLOWS
         or quant.states_only
+        or quant.gemms_only
         or granularity not in _GRANULARITIES
         or (block & (block - 1) or block > _LARGEST_BLOCK)
         or scaling.store not in ("float32", "e8m0")

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantised linear works on: the state of an operand, its quantised form, and the recipe as a layer sees it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_lowprec import ops
+from hf_lowprec.recipe import Quant, Recipe
+
+
+class OperandState(NamedTuple):
+    """What one operand of one layer carries from step to step. All tensors live on the layer's device.
+
+    scale: 0-dim float32, the delayed scale (0 = none yet), or None where the recipe does not delay.
+    amax: 0-dim float32, the largest finite magnitude since the last optimizer step, or None likewise.
+    counts: int64 [4]: elements looked at, saturated, underflowed to zero, non-finite.
+    seed: 0-dim int64, or None without stochastic rounding.
+    """
+
+    scale: Tensor | None
+    amax: Tensor | None
+    counts: Tensor
+    seed: Tensor | None
+
+
+class Quantized(NamedTuple):
+    """A quantised matrix [R, C], x ~ qdata * scale, in one or both of the layouts that GEMMs read.
+
+    qdata: [R, C] contiguous, or None where nobody reads it.
+    scale: 0-dim float32, or [R, 1] (without `transposed`).
+    transposed: [C, R rounded up to 16] contiguous, with zeros at the end, or None where it was not made.
+    """
+
+    qdata: Tensor | None
+    scale: Tensor
+    transposed: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """[R, C], for a product that sums over C."""
+        assert self.qdata is not None
+        return self.qdata
+
+    @property
+    def columns(self) -> Tensor:
+        """[C, R] or longer, for a product that sums over R."""
+        if self.transposed is not None:
+            return self.transposed
+        assert self.qdata is not None
+        return self.qdata.t()
+
+
+class LinearSpec(NamedTuple):
+    """A recipe as a linear layer sees it: one `ops.quant_key` per slot, None = base precision.
+
+    shared_*: one quantised copy serves both GEMMs that read the operand, though they reduce along different axes: the
+        policies are equal and one scale covers the tensor.
+    kept_input: wgrad reads back the very codes of fprop, with their scales per tensor or per token, and quantises
+        nothing else.
+    base: of fprop, dgrad and wgrad, whether it runs in the base precision, one operand quantised or none.
+    common_input: linears that read one tensor can quantise it once (`modules.sharing`).
+    accumulation: of fprop, dgrad and wgrad: an `ops.accumulation_key`, empty for float32 sums.
+    """
+
+    fprop_input: str | None
+    fprop_weight: str | None
+    dgrad_grad_output: str | None
+    dgrad_weight: str | None
+    wgrad_input: str | None
+    wgrad_grad_output: str | None
+    shared_input: bool
+    shared_weight: bool
+    shared_grad_output: bool
+    fast: tuple[bool, bool, bool]
+    weight_is_kn: bool
+    emulate: bool
+    kept_input: bool
+    base: tuple[bool, bool, bool]
+    common_input: bool
+    accumulation: tuple[str, str, str] = ("", "", "")
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, *, weight_is_kn: bool = False, emulate: bool = False) -> LinearSpec:
+        """weight_is_kn: the weight is stored [in, out] (transformers' Conv1D) instead of [out, in]."""
+
+        def key(quant: Quant | None) -> str | None:
+            return None if quant is None else ops.quant_key(quant)
+
+        def shared(first: Quant | None, second: Quant | None) -> bool:
+            shares = first is not None and first == second and first.scaling.granularity == "tensor"
+            return shares and not recipe.flexible  # whose layers quantise for themselves (functional_flexible)
+
+        x, kept = recipe.fprop.input, recipe.wgrad.input
+        read_back = kept is not None and recipe.wgrad.grad_output is None
+        shared_input = shared(x, kept) and not read_back and recipe.input_norm is None
+        kept_input = x is not None and read_back and x == seen_transposed(kept) and x.rounding.mode != "stochastic"
+        once = kept_input or recipe.wgrad.input is None
+        per_row = x is not None and x.scaling.granularity in ("tensor", "row") and x.scaling.method == "current"
+        return cls(
+            fprop_input=key(recipe.fprop.input),
+            fprop_weight=key(recipe.fprop.weight),
+            dgrad_grad_output=key(recipe.dgrad.grad_output),
+            dgrad_weight=key(recipe.dgrad.weight),
+            wgrad_input=key(recipe.wgrad.input),
+            wgrad_grad_output=key(recipe.wgrad.grad_output),
+            shared_input=shared_input,
+            shared_weight=shared(recipe.fprop.weight, recipe.dgrad.weight),
+            shared_grad_output=shared(recipe.dgrad.grad_output, recipe.wgrad.grad_output),
+            fast=(recipe.fprop.accumulation.fast, recipe.dgrad.accumulation.fast, recipe.wgrad.accumulation.fast),
+            weight_is_kn=weight_is_kn,
+            emulate=emulate,
+            kept_input=kept_input,
+            base=(
+                recipe.fprop.input is None or recipe.fprop.weight is None,
+                recipe.dgrad.grad_output is None or recipe.dgrad.weight is None,
+                recipe.wgrad.input is None or recipe.wgrad.grad_output is None,
+            ),
+            common_input=shared_input or (once and per_row and recipe.input_norm is None),
+            accumulation=tuple(  # type: ignore[arg-type]
+                ops.accumulation_key(gemm.accumulation) for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad)
+            ),
+        )
+
+
+def seen_transposed(quant: Quant | None) -> Quant | None:
+    """The policy of the transposed tensor that gives the same codes: scales of rows are scales of columns."""
+    if quant is None:
+        return None
+    other = {"row": "column", "column": "row", "tensor": "tensor"}.get(quant.scaling.granularity)
+    return None if other is None else replace(quant, scaling=replace(quant.scaling, granularity=other))  # type: ignore[arg-type]
