@@ -21,6 +21,7 @@ anything that changes between steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from torch.compiler import is_dynamo_compiling
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import ops
-from hf_lowprec.recipe import Quant, Recipe
+from hf_lowprec.recipe import Quant, Recipe, Scaling
 
 
 def first_order(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
@@ -100,6 +101,10 @@ class Quantized(NamedTuple):
         return self.qdata.t()
 
 
+# The constants of a model at unit scale (`hf_lowprec.transform`) reach a cast as a delayed scale that never changes.
+_CARRIED = Scaling(method="delayed")
+
+
 class LinearSpec(NamedTuple):
     """A recipe as a linear layer sees it: one `ops.quant_key` per slot, None = base precision.
 
@@ -127,6 +132,8 @@ class LinearSpec(NamedTuple):
         """weight_is_kn: the weight is stored [in, out] (transformers' Conv1D) instead of [out, in]."""
 
         def key(quant: Quant | None) -> str | None:
+            if quant is not None and recipe.transform.method != "none":
+                quant = replace(quant, scaling=_CARRIED)
             return None if quant is None else ops.quant_key(quant)
 
         def shared(first: Quant | None, second: Quant | None) -> bool:
