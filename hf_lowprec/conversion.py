@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_lowprec import fusion, optim, stepping
+from hf_lowprec import fusion, optim, stepping, transform
 from hf_lowprec.break_even import break_even
+from hf_lowprec.decoder import NoDecoder, find_decoder
 from hf_lowprec.describe import FP8_SINCE, INT8_SINCE, MX_SINCE, native_since, recipe_since, sm
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.flexible import Flexible, flexible_class
@@ -58,6 +59,7 @@ def convert(
     fuse: bool | None = None,
     min_numel: int | None = None,
     min_tokens: int | None = None,
+    init: bool | None = None,
 ) -> ConversionReport:
     """Make `model` train by `recipe`, in place; Parameters keep their identity and names. Idempotent.
 
@@ -73,6 +75,9 @@ def convert(
             gains nothing on this GPU, where that was measured (`break_even`); 0: convert all sizes.
         min_tokens: run a call of a converted linear in the base precision if its input has fewer rows (eager mode
             only). None: as measured on this GPU for the size of the weight; 0: never.
+        init: recipes with a `transform` only. True brings the weights to unit scale, one factor per weight, and maps
+            learning rates; False keeps the weights, and so the function that the model computes. None: True for a
+            model that nothing has trained (`transform.is_fresh`), False for any other. The report says which.
 
     Returns: the report, also printed by `hf-lowprec inspect` and logged at `Accelerator.prepare`.
 
@@ -85,9 +90,12 @@ def convert(
         TypeError, ValueError: an argument, or HF_LOWPREC_FUSE, is none of its values.
     """
     check_switch("fuse", fuse)
+    check_switch("init", init)
     _check_count("min_numel", min_numel, "elements")
     _check_count("min_tokens", min_tokens, "tokens")
     chosen = get_recipe(recipe)
+    if init is not None and chosen.transform.method == "none":
+        raise ConversionError(f"init: recipe {chosen.name!r} has no transform, and leaves weights as they are")
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes an nn.Module, not a {type(model).__name__}: load the model first")
     if chosen.flexible and min_tokens:
@@ -103,6 +111,7 @@ def convert(
     if existing is not None:
         _check_same(existing, model, chosen, excluded, module_filter_fn)
         _check_same_options(existing, fuse, min_numel, min_tokens, emulate)
+        _check_same_init(existing, init)
         _mark(existing)  # copies and new Parameters have no marks
         return existing.report
     if fuse is None:
@@ -116,7 +125,9 @@ def convert(
     rule = break_even(chosen.name, _device(model)) if measured else None
     if min_numel is None:
         min_numel = 0 if rule is None else rule.min_numel
-    choice = Choice(patterns, module_filter_fn, aligned=_aligned(chosen, emulated), min_numel=min_numel)
+    planned = _plan_transform(model, chosen, init)
+    left = {} if planned is None else planned.left
+    choice = Choice(patterns, module_filter_fn, aligned=_aligned(chosen, emulated), min_numel=min_numel, left=left)
     report, modules = select(model, chosen, choice)
     why = emulation_reason(chosen, _device(model))
     report.emulated, report.why_emulated = emulated, why or ""
@@ -126,6 +137,9 @@ def convert(
         raise NothingConvertedError(f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}")
     # Not `emulated`: a model that is still on the CPU runs natively once it has moved to a GPU.
     always = emulate or why is not None
+    if planned is not None:
+        planned.apply()
+        report.transform = planned.scaled.words()
     layers: dict[str, LayerState] = {}
     for index, (name, module) in enumerate(modules.items()):
         kn = type(module) is not nn.Linear
@@ -133,6 +147,8 @@ def convert(
         if chosen.flexible:
             channels = weight_of(module).shape[1 if kn else 0]
             state.flexible = Flexible.create(chosen, channels, weight_is_kn=kn)
+        if planned is not None:
+            planned.scaled.give_constants(state, planned.constants[name])
         if (device := weight_of(module).device).type != "meta":
             state.to(device)
         least = min_tokens
@@ -148,6 +164,9 @@ def convert(
         report.measured_on = rule.measured_on
     session = Session.begin(model, chosen, report, ScalingState(chosen, layers))
     session.options = _Options(fuse, min_numel, min_tokens, always)
+    if planned is not None:
+        session.transform = planned.scaled
+        planned.scaled.watch(planned.tokens_seen_by)
     if layers and fuse:
         on_gpu = always and torch.cuda.is_available()
         fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
@@ -202,6 +221,7 @@ def revert(model: nn.Module) -> None:
 
 def _restore(module: nn.Module) -> None:
     fusion.unfuse(module)
+    transform.unwatch(module)
     if isinstance(module, LowPrecMixin):
         set_class(module, original_class(module))
         del module._lowprec
@@ -346,6 +366,30 @@ def _check_same_options(
             raise ConversionError(
                 f"the model is already converted with {name}={was}, not {value}; call hf_lowprec.revert(model) first"
             )
+
+
+def _check_same_init(existing: Session, init: bool | None) -> None:
+    """Likewise."""
+    if existing.transform is not None and init is not None and init != existing.transform.fresh:
+        raise ConversionError(
+            f"the model is already converted with init={existing.transform.fresh}, not {init}; call "
+            "hf_lowprec.revert(model) first"
+        )
+
+
+def _plan_transform(model: nn.Module, recipe: Recipe, init: bool | None) -> transform.Plan | None:
+    """Raises ConversionError: a model that the recipe's transform does not know, or whose weights have no values."""
+    if recipe.transform.method == "none":
+        return None
+    try:
+        return transform.plan(model, find_decoder(model), recipe.transform, init=init)
+    except NoDecoder as error:
+        raise ConversionError(
+            f"recipe {recipe.name!r} needs a decoder whose branches read a norm and are added to the residual stream, "
+            f"such as Llama, Qwen, Mistral or GPT-2; {type(model).__name__}: {error}"
+        ) from None
+    except ValueError as error:
+        raise ConversionError(f"recipe {recipe.name!r}: {error}") from None
 
 
 def _check_count(name: str, value: object, what: str) -> None:

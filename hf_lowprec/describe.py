@@ -25,6 +25,7 @@ from hf_lowprec.recipe import (
     Scaling,
     States,
 )
+from hf_lowprec.recipe_transform import Transform
 
 GEMMS = {
     "fprop": ("output = input @ weight.T", ("input", "weight")),
@@ -125,8 +126,12 @@ def slot_rows(recipe: Recipe) -> list[tuple[str, str, str, str, str]]:
             if quant is None:
                 rows.append((f"{gemm} {slot}", _base(recipe), "", "", ""))
             else:
-                words = scaling_words(quant.scaling), rounding_words(quant.rounding)
-                rows.append((f"{gemm} {slot}", format_words(quant), *words, quant.overflow))
+                scaling = scaling_words(quant.scaling)
+                if recipe.transform.method != "none":
+                    scaling = "a constant of the layer"
+                rows.append(
+                    (f"{gemm} {slot}", format_words(quant), scaling, rounding_words(quant.rounding), quant.overflow)
+                )
     return rows
 
 
@@ -145,6 +150,8 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
                 f"else doubled per {communication.growth} steps"
             )
         rows.append(("weight gradients", words))
+    if recipe.transform.method != "none":
+        rows.append(("unit scale", transform_words(recipe.transform)))
     rows.append(("loss scale", loss_scale_words(recipe.loss_scale)))
     if recipe.flexible and "learned" in {q.scaling.method for q in (recipe.fprop.input, recipe.fprop.weight) if q}:
         rows.append(("learned ranges", "with every optimizer step, by Adam at 10 times its learning rate, no decay"))
@@ -246,9 +253,23 @@ def master_name(states: States) -> str:
     return master.format if isinstance(master, Quant) else master or ""
 
 
+def transform_words(transform: Transform) -> str:
+    """What is done to a model before its GEMMs need no scale from data."""
+    method = {"unit": "Unit Scaling", "u-mup": "u-muP"}.get(transform.method, transform.method)
+    length = transform.sequence_length or "the model's own"
+    lr = "the optimizer's is the stock model's" if transform.learning_rate == "standard" else "the optimizer's is eta"
+    return (
+        f"{method}: constants in the casts; fresh weights brought to it, loaded ones kept; branches weigh "
+        f"{transform.residual:g}, attention {transform.attention_ratio:g} of an MLP; sequences of {length}; a "
+        f"learning rate per weight, {lr}"
+    )
+
+
 def stays_high(recipe: Recipe) -> str:
     """What is computed in the base precision or float32 whatever the slots say."""
     words = "norms, attention, embeddings, output embeddings, heads, routers, LoRA adapters, loss"
+    if recipe.transform.critical:
+        words += ", linears that end a residual branch"
     if recipe.modules_to_not_convert:
         words += f", and {', '.join(recipe.modules_to_not_convert)}"
     return words
@@ -291,6 +312,8 @@ def one_line(recipe: Recipe) -> str:
     if recipe.communication is not None:
         mu = ", scaled by mu" if recipe.communication.auto_scale else ""
         parts.append(f"weight gradients {recipe.communication.gradient.format}{mu}")
+    if recipe.transform.method != "none":
+        parts.append("decoder at unit scale" + (", u-muP" if recipe.transform.method == "u-mup" else ""))
     if recipe.loss_scale.method != "none":
         parts.append(f"{recipe.loss_scale.method} loss scale")
     return "; ".join(parts)

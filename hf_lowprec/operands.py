@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hf_lowprec import ops
-from hf_lowprec.recipe import Quant, Recipe
+from hf_lowprec.recipe import Quant, Recipe, Scaling
 
 
 class OperandState(NamedTuple):
@@ -54,6 +54,10 @@ class Quantized(NamedTuple):
         return self.qdata.t()
 
 
+# The constants of a model at unit scale (`hf_lowprec.transform`) reach a cast as a delayed scale that never changes.
+_CARRIED = Scaling(method="delayed")
+
+
 class LinearSpec(NamedTuple):
     """A recipe as a linear layer sees it: one `ops.quant_key` per slot, None = base precision.
 
@@ -88,6 +92,8 @@ class LinearSpec(NamedTuple):
         """weight_is_kn: the weight is stored [in, out] (transformers' Conv1D) instead of [out, in]."""
 
         def key(quant: Quant | None) -> str | None:
+            if quant is not None and recipe.transform.method != "none":
+                quant = replace(quant, scaling=_CARRIED)
             return None if quant is None else ops.quant_key(quant)
 
         def shared(first: Quant | None, second: Quant | None) -> bool:

@@ -31,6 +31,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from hf_lowprec.formats import Codebook, Format, get_format, get_sum_format
+from hf_lowprec.recipe_transform import Transform
 from hf_lowprec.update_rules import check_update
 
 _CONFIG = ConfigDict(extra="forbid")
@@ -525,6 +526,7 @@ class Recipe:
     """One way to train. See the module docstring for the slots; `hf-lowprec explain NAME` prints one.
 
     base: precision of everything that no slot names (`no` = float32), as accelerate calls it.
+    transform: of the model to unit scale; the slots then have scaling method `none`, or none at all.
     saved: tensors kept for elementwise backward (of norms and gated MLPs); None keeps them as they are computed.
     weight_cache: low-precision copies of weights, cast once per optimizer step and kept until the next: `both` layouts
         (2 bytes per parameter), `one` (1 byte, the other is made in backward), or `none` (cast in every pass).
@@ -541,7 +543,7 @@ class Recipe:
     states: States | None = None
     communication: Communication | None = None
     loss_scale: LossScale = LossScale()
-    transform: Literal["none"] = "none"
+    transform: Transform = Transform()
     saved: Quant | None = None
     weight_cache: Literal["both", "one", "none"] = "both"
     modules_to_not_convert: tuple[str, ...] = ()
@@ -559,6 +561,8 @@ class Recipe:
         self._check_flexible()
         if self.input_norm is not None and not self.quantises_gemms:
             raise ValueError("input_norm: nothing is converted that could have one; quantise a GEMM")
+        if self.transform.method != "none":
+            self._check_unscaled()
         # Each operand of a layer keeps one amax history; its scale is made for the format of the first slot.
         for slot, first, second in (("input", "fprop", "wgrad"), ("weight", "fprop", "dgrad"),
                                     ("grad_output", "dgrad", "wgrad")):  # fmt: skip
@@ -602,6 +606,22 @@ class Recipe:
     def flexible(self) -> bool:
         """Whether the operands of fprop have searched or learned ranges (checked to be all or none)."""
         return any(q is not None and q.flexible for q in (self.fprop.input, self.fprop.weight))
+
+    def _check_unscaled(self) -> None:
+        if self.base == "fp16":
+            raise ValueError("base: 'bf16' or 'no': fp16's loss scale would move the gradients off their constants")
+        if self.input_norm is not None:
+            raise ValueError("input_norm: a transform to unit scale takes norms as the model has them")
+        if self.loss_scale.method != "none":
+            raise ValueError("loss_scale: it would move the gradients off the constants of the transform")
+        for gemm in ("fprop", "dgrad", "wgrad"):
+            for slot in ("input", "weight", "grad_output"):
+                quant = getattr(getattr(self, gemm), slot)
+                if quant is not None and (quant.scaling != NONE or isinstance(get_format(quant.format), Codebook)):
+                    raise ValueError(
+                        f"{gemm}.{slot}: a transform to unit scale takes the place of scales: scaling method 'none' "
+                        "in a format with exponents"
+                    )
 
     @field_validator("modules_to_not_convert")
     @classmethod

@@ -33,6 +33,7 @@ class ConversionReport:
     least_tokens: converted linear -> rows of its input below which a call runs in the base precision.
     measured_on: the GPU on which such numbers were measured, if they were.
     optimizer: one line about the optimizer, once one is attached.
+    transform: how the model came to unit scale, in a few words.
     attention, loss, loss_scale: what else was chosen for this model, in a few words.
     formats: of calibrated models: layer -> formats of its input and of its weight; calibration: how they were found.
     """
@@ -60,6 +61,7 @@ class ConversionReport:
     emulated: bool = False
     why_emulated: str = ""
     optimizer: str = "no optimizer attached"
+    transform: str | None = None
     attention: str | None = None
     loss: str | None = None
     loss_scale: str | None = None
@@ -112,8 +114,8 @@ class ConversionReport:
 
     def _chosen(self) -> str:
         parts = (
-            ("attention", self.attention), ("loss", self.loss), ("loss scale", self.loss_scale),
-            ("calibrated", self.calibration),
+            ("unit scale:", self.transform), ("attention", self.attention), ("loss", self.loss),
+            ("loss scale", self.loss_scale), ("calibrated", self.calibration),
         )  # fmt: skip
         return "".join(f"; {what} {words}" for what, words in parts if words is not None)
 

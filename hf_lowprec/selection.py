@@ -14,8 +14,8 @@ Every `nn.Linear` and transformers `Conv1D`, except
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,14 @@ class Choice:
     filter_fn: called with (module, name); False leaves the module alone.
     aligned: leave sizes alone that no native GEMM takes.
     min_numel: leave weights of fewer elements alone.
+    left: linears to leave alone, each with its reason.
     """
 
     patterns: tuple[str, ...] = ()
     filter_fn: Callable[[nn.Module, str], bool] | None = None
     aligned: bool = False
     min_numel: int = 0
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def select(model: nn.Module, recipe: Recipe, choice: Choice) -> tuple[ConversionReport, dict[str, nn.Module]]:
@@ -60,6 +62,8 @@ def select(model: nn.Module, recipe: Recipe, choice: Choice) -> tuple[Conversion
         matched = [p for p in choice.patterns if matches(p, name)]
         unused -= set(matched)
         reason = _reason(name, module, model, heads, tied, choice)
+        if reason is None:
+            reason = choice.left.get(name)
         if not recipe.quantises_gemms:
             reason = f"recipe {recipe.name} quantises no GEMM"
         elif matched:

@@ -19,6 +19,7 @@ from hf_lowprec.optim.ranges import RangeTrainer
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Recipe, RecipeError
 from hf_lowprec.report import ConversionReport
+from hf_lowprec.transform import UnitScaled
 
 _LIVE: weakref.WeakSet[Session] = weakref.WeakSet()
 _NUMBERS = itertools.count()
@@ -38,6 +39,7 @@ class Session:
         self.scaling = scaling
         self._at_end: list[Callable[[], None]] = []
         self.options: tuple[object, ...] = ()  # what `convert` was asked for beside the recipe
+        self.transform: UnitScaled | None = None
         self.gradients: GradientQuantizer | None = None
         if recipe.communication is not None:
             self.gradients = GradientQuantizer(recipe.communication, len(scaling.layers))
@@ -81,6 +83,16 @@ class Session:
         modules = dict(self.root.named_modules())
         return {n: modules[n].weight for n in self.scaling.layers if isinstance(modules.get(n), LowPrecMixin)}  # type: ignore[misc]
 
+    @property
+    def has_rates(self) -> bool:
+        """Whether the weights have learning rates of their own (`hf_lowprec.transform`)."""
+        return self.transform is not None and bool(self.transform.factors)
+
+    def learning_rates(self) -> dict[int, float]:
+        """id of a Parameter -> its learning rate over the optimizer's, where that is not 1."""
+        factors = {} if self.transform is None else self.transform.factors
+        return {id(p): factors[n] for n, p in self.root.named_parameters() if factors.get(n, 1.0) != 1.0}
+
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         mine = {id(p) for p in self.root.parameters()}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
@@ -92,6 +104,8 @@ class Session:
             out["gradients"] = self.gradients.state_dict()
         if self.ranges is not None:
             out["ranges"] = self.ranges.state_dict()
+        if self.transform is not None:
+            out["transform"] = self.transform.state_dict()
         return out
 
     def check(self, state: dict[str, Any]) -> None:
@@ -121,11 +135,16 @@ class Session:
             self.gradients.check(state.get("gradients"))
         if self.ranges is not None:
             self.ranges.check(state.get("ranges"))
+        if self.transform is not None:
+            self.transform.check(state.get("transform"), self.root)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check(state)
         if self.gradients is not None:
             self.gradients.load_state_dict(state["gradients"])
+        if self.transform is not None:
+            self.transform.load_state_dict(state["transform"])
+            self.report.transform = self.transform.words()
         self.scaling.load_state_dict(state["layers"])
         if self.ranges is not None:
             self.ranges.load_state_dict(state["ranges"])

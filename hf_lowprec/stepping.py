@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from hf_lowprec import optim
 from hf_lowprec.modules import LayerState, weights_changed
 from hf_lowprec.modules.state import role_quants
+from hf_lowprec.optim import rates
 from hf_lowprec.optim import states as st
 from hf_lowprec.optim.checkpoints import BEFORE_CHECKPOINT
 from hf_lowprec.optim.release import AFTER_UPDATE, BEFORE_UPDATE
@@ -100,6 +101,8 @@ def attach_optimizer(
             "the optimizer holds none of the model's parameters: build it from the parameters of the model that is "
             "prepared, after any step that replaces them (PEFT, resize_token_embeddings, from_pretrained)"
         )
+    if session.has_rates:
+        _check_rates(session, optimizer, keep)
     optim.mark_embeddings(session.root)
     optim.mark_gemm_weights(session.root, session.weights().values())
     states = session.recipe.states
@@ -129,6 +132,17 @@ def attach_optimizer(
     session.scaling.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     carry_state(session, optimizer)
     return optimizer
+
+
+def _check_rates(session: Session, optimizer: torch.optim.Optimizer, keep: str | None) -> None:
+    """Raises ValueError where the learning rates of a model at unit scale cannot reach the optimizer's Parameters."""
+    remedy = "keep the weights as they are with convert(model, recipe, init=False) before prepare"
+    if keep is not None:
+        raise ValueError(f"recipe {session.recipe.name!r} has a learning rate per weight: {keep}; or {remedy}")
+    try:
+        rates.check(optimizer)
+    except TypeError as error:
+        raise ValueError(f"recipe {session.recipe.name!r}: {error}") from None
 
 
 def carry_state(session: Session, optimizer: torch.optim.Optimizer) -> None:
@@ -182,7 +196,9 @@ def _carried(optimizer: torch.optim.Optimizer) -> list[Session]:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-    for followed in _followed(optimizer):
+    followers = _followed(optimizer)
+    _split_rates(optimizer, followers)
+    for followed in followers:
         if followed.weights and isinstance(optimizer, optim.LowPrecOptimizer):
             optimizer.note_amax()
         if followed.swap is not None:
@@ -190,9 +206,27 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
     return args, kwargs
 
 
+def _split_rates(optimizer: torch.optim.Optimizer, followers: list[_Followed]) -> None:
+    """A learning rate per weight for models at unit scale, asked for anew: FSDP2 and checkpoints replace both."""
+    sessions = [s for followed in followers if (s := followed.session()) is not None and s.has_rates]
+    if sessions:
+        factors = {key: factor for session in sessions for key, factor in session.learning_rates().items()}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(factors) and not any(session.owns(optimizer) for session in sessions):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} holds flat shards of a model at unit scale, which do not say whose "
+                "learning rates they need: use FSDP2, or convert(model, recipe, init=False) before prepare"
+            )
+        native = any(session.recipe.transform.learning_rate == "native" for session in sessions)
+        rates.split(optimizer, factors, independent=native)
+
+
 def _before_update(optimizer: optim.LowPrecOptimizer) -> None:
     """With gradient release a gradient is quantised where it is used, inside backward."""
     for followed in _followed(optimizer):
+        session = followed.session()
+        if session is not None and session.has_rates:
+            raise RuntimeError("a model at unit scale has a learning rate per weight, which steps in backward do not")
         if followed.weights:
             optimizer.note_amax()
         if followed.swap is not None:
@@ -200,6 +234,7 @@ def _before_update(optimizer: optim.LowPrecOptimizer) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    rates.rejoin(optimizer)
     weights_changed()
     for followed in _followed(optimizer):
         if followed.swap is not None:
@@ -220,6 +255,7 @@ def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:
     sessions = live_sessions()
     if not sessions:
         return []
+    rates.rejoin(optimizer)  # after a step that raised
     key = (sum(len(group["params"]) for group in optimizer.param_groups), *(s.number for s in sessions))
     known = _FOLLOWED.get(optimizer)
     if known is None or known[0] != key:

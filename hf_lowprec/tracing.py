@@ -61,7 +61,7 @@ def trace(model: nn.Module, linears: Mapping[str, nn.Module]) -> Trace:
 
     Models are what transformers makes of its configs: modules with `config` and `main_input_name`. Never raises.
     """
-    recorder = _Recorder({id(module): name for name, module in linears.items()})
+    recorder = Recorder({id(module): name for name, module in linears.items()})
     names = {id(module): name for name, module in reversed(list(model.named_modules()))}
     out = recorder.trace
     models = [m for m in model.modules() if hasattr(type(m), "main_input_name") and hasattr(m, "config")]
@@ -71,14 +71,20 @@ def trace(model: nn.Module, linears: Mapping[str, nn.Module]) -> Trace:
         inside = [name for module in part.modules() if (name := recorder.linears.get(id(module))) is not None]
         if not inside or any(name in out.reads for name in inside):
             continue
-        try:
-            with torch.inference_mode(False):  # tensors made in that mode do not count what is written to them
-                problem = _run(_Skeleton(names, recorder).of(part), recorder)
-        except Exception as error:
-            problem = _words(error)
+        problem = follow(model, part, recorder)
         if problem:
             out.failures[names[id(part)]] = problem
     return out
+
+
+def follow(model: nn.Module, part: nn.Module, recorder: Recorder) -> str:
+    """Have `recorder` watch one forward pass of `part`, a model inside `model`; why that cannot be, or empty."""
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    try:
+        with torch.inference_mode(False):  # tensors made in that mode do not count what is written to them
+            return _run(_Skeleton(names, recorder).of(part), recorder)
+    except Exception as error:
+        return _words(error)
 
 
 def skeleton_of(module: nn.Module) -> nn.Module:
@@ -90,7 +96,7 @@ def skeleton_of(module: nn.Module) -> nn.Module:
 
 
 class _Skeleton:
-    def __init__(self, names: dict[int, str], recorder: _Recorder | None) -> None:
+    def __init__(self, names: dict[int, str], recorder: Recorder | None) -> None:
         self.names = names
         self.recorder = recorder
         self.twins: dict[int, nn.Module] = {}
@@ -272,7 +278,9 @@ def _tensor_functions() -> frozenset[int]:
 # --- recording ------------------------------------------------------------------------------------------------------
 
 
-class _Recorder:
+class Recorder:
+    """Watches the linears, given as id -> name, and the modules without children; subclasses look at more."""
+
     def __init__(self, linears: dict[int, str]) -> None:
         self.linears = linears
         self.trace = Trace()
@@ -280,32 +288,35 @@ class _Recorder:
         self._whole: dict[tuple[int, int], str] = {}  # (storage, elements) -> who made it
         self._alive: list[Tensor] = []  # or ids would be used again
 
+    def start(self) -> None:
+        """A forward pass begins, perhaps again with other inputs."""
+
     def watch(self, module: nn.Module, twin: nn.Module, name: str) -> None:
         """Give `twin` what reports to us: a stand-in for linears, a hook for others without children."""
         width = _width(module) if id(module) in self.linears or _is_linear(module) else None
         if width is not None:
-            twin.__dict__["forward"] = self._stand_in(self.linears.get(id(module)), width)
+            twin.__dict__["forward"] = self.stand_in(self.linears.get(id(module)), width)
         elif not twin._modules:
-            twin.register_forward_hook(self._hook(name))
+            twin.register_forward_hook(self.hook(name))
 
-    def _stand_in(self, name: str | None, width: int) -> Callable[..., Tensor]:
+    def stand_in(self, name: str | None, width: int) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             input: Tensor = args[0] if args else next(iter(kwargs.values()))
             if name is not None:
-                self.trace.reads.setdefault(name, []).append(self._seen(input))
+                self.trace.reads.setdefault(name, []).append(self.seen(input))
             return torch.empty(*input.shape[:-1], width, dtype=input.dtype, device="meta")
 
         return forward
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and not any(output is arg for arg in args):
-                self.trace.makers[self._seen(output)] = name
+                self.trace.makers[self.seen(output)] = name
                 self._whole[_storage(output)] = name
 
         return hook
 
-    def _seen(self, tensor: Tensor) -> int:
+    def seen(self, tensor: Tensor) -> int:
         key = (id(tensor), tensor._version)
         if key not in self._numbers:
             self._alive.append(tensor)
@@ -337,11 +348,12 @@ def _is_linear(module: nn.Module) -> bool:
 # --- running it -----------------------------------------------------------------------------------------------------
 
 
-def _run(skeleton: nn.Module, recorder: _Recorder) -> str:
+def _run(skeleton: nn.Module, recorder: Recorder) -> str:
     """One forward pass with the first inputs that it takes; why there are none, or an empty string."""
     problem = "its inputs are of no known kind"
     for inputs in _inputs(skeleton):
         before = {name: list(tensors) for name, tensors in recorder.trace.reads.items()}
+        recorder.start()
         try:
             with _elsewhere(), _NoValues():
                 skeleton(**inputs)

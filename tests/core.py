@@ -16,7 +16,8 @@ from hf_lowprec.modules.linear import LowPrecMixin
 from hf_lowprec.presets import PRESETS
 from hf_lowprec.recipe import Quant, Recipe
 
-QUANTISING = [name for name, recipe in PRESETS.items() if recipe.quantises_gemms]
+# Those with a transform take decoders only, and change fresh weights (tests/test_transform.py).
+QUANTISING = [name for name, recipe in PRESETS.items() if recipe.quantises_gemms and recipe.transform.method == "none"]
 # Those whose scales and formats a second implementation can know from the tensors alone.
 FIXED = [name for name in QUANTISING if not PRESETS[name].flexible]
 VOCAB = 32

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from core import llama, mlp, same_bits, token_ids
+from core import QUANTISING, llama, mlp, same_bits, token_ids
 from torch import nn
 
 import hf_lowprec
@@ -19,7 +19,6 @@ from hf_lowprec.conversion import report_of, session_of
 from hf_lowprec.modules.glu import GLU
 from hf_lowprec.presets import PRESETS
 
-QUANTISING = [name for name, recipe in PRESETS.items() if recipe.quantises_gemms]
 NO_SAVED = {**PRESETS["fp8-lm"].to_dict(), "saved": None}
 
 

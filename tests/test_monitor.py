@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core import batch, mlp, train_step
+from core import QUANTISING, batch, mlp, train_step
 from torch import nn
 
 import hf_lowprec
@@ -93,7 +93,7 @@ def test_models_without_low_precision() -> None:
     assert statistics(model) == {} and per_layer(model) == {}
 
 
-@pytest.mark.parametrize("name", [n for n, r in PRESETS.items() if r.quantises_gemms])
+@pytest.mark.parametrize("name", QUANTISING)
 def test_every_preset_counts_every_role(name: str) -> None:
     model = mlp()
     hf_lowprec.convert(model, name)

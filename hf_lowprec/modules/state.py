@@ -81,6 +81,7 @@ class LayerState:
 
     ready: of each operand, whether the host knows that its delayed scale is not 0; then no pass for the amax is needed
         before a cast. Found out without waiting for the device (`ScalingState.roll`).
+    constant: the scales are constants of a model at unit scale (`hf_lowprec.transform`), which nothing rolls.
     shared: the layers that read the same input, and what they or its producer have quantised (`modules.sharing`).
     sum_seeds: of fprop, dgrad and wgrad, where their sums round stochastically. As the seeds of operands they stay for
         an optimizer step, so that recomputed activations have the same bits, and micro-batches the same words.
@@ -99,6 +100,7 @@ class LayerState:
     flexible: Flexible | None = None
     least: int = 0
     input_norm: InputNorm | None = None
+    constant: bool = False
 
     @classmethod
     def create(cls, recipe: Recipe, index: int, *, weight_is_kn: bool, emulate: bool) -> LayerState:
@@ -109,6 +111,13 @@ class LayerState:
         cache = WeightCache(recipe.weight_cache)
         seeds = _sum_seeds(recipe, index)
         return cls(spec, operands, weight_cache=cache, sum_seeds=seeds, input_norm=recipe.input_norm)  # type: ignore[arg-type]
+
+    def set_constants(self, scales: Sequence[float]) -> None:
+        """Cast with these scales of input, weight and output gradient from now on."""
+        self.operands = tuple(  # type: ignore[assignment]
+            operand._replace(scale=torch.tensor(scale)) for operand, scale in zip(self.operands, scales, strict=True)
+        )
+        self.constant, self.ready = True, (True, True, True)
 
     def to(self, device: torch.device) -> None:
         self.operands = tuple(  # type: ignore[assignment]
@@ -271,7 +280,7 @@ class ScalingState:
             for gemm, seed in zip(GEMMS, layer.sum_seeds, strict=True):
                 if seed is not None:
                     seed.copy_(state[name]["sums"][f"seed_{gemm}"])
-            layer.ready = (False, False, False)
+            layer.ready = (layer.constant,) * 3
             layer.weight_cache.drop()
             layer.weight_cache.followed = True  # by the optimizer whose state dict this comes from
             if layer.shared is not None:
