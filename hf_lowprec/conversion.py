@@ -127,8 +127,7 @@ def convert(
         min_numel = 0 if rule is None else rule.min_numel
     planned = _plan_transform(model, chosen, init)
     left = {} if planned is None else planned.left
-    aligned = _aligned(chosen, emulated)
-    choice = Choice(patterns, module_filter_fn, aligned=aligned, min_numel=min_numel, left=left)
+    choice = Choice(patterns, module_filter_fn, aligned=_aligned(chosen, emulated), min_numel=min_numel, left=left)
     report, modules = select(model, chosen, choice)
     why = emulation_reason(chosen, _device(model))
     report.emulated, report.why_emulated = emulated, why or ""

@@ -11,9 +11,6 @@ from torch import Tensor
 from hf_lowprec import ops
 from hf_lowprec.recipe import Quant, Recipe, Scaling
 
-# The constants of a model at unit scale (`hf_lowprec.transform`) reach a cast as a delayed scale that never changes.
-_CARRIED = Scaling(method="delayed")
-
 
 class OperandState(NamedTuple):
     """What one operand of one layer carries from step to step. All tensors live on the layer's device.
@@ -55,6 +52,10 @@ class Quantized(NamedTuple):
             return self.transposed
         assert self.qdata is not None
         return self.qdata.t()
+
+
+# The constants of a model at unit scale (`hf_lowprec.transform`) reach a cast as a delayed scale that never changes.
+_CARRIED = Scaling(method="delayed")
 
 
 class LinearSpec(NamedTuple):

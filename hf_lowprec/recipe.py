@@ -610,6 +610,8 @@ class Recipe:
     def _check_unscaled(self) -> None:
         if self.base == "fp16":
             raise ValueError("base: 'bf16' or 'no': fp16's loss scale would move the gradients off their constants")
+        if self.input_norm is not None:
+            raise ValueError("input_norm: a transform to unit scale takes norms as the model has them")
         if self.loss_scale.method != "none":
             raise ValueError("loss_scale: it would move the gradients off the constants of the transform")
         for gemm in ("fprop", "dgrad", "wgrad"):

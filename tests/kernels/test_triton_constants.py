@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from hf_lowprec.functional import LinearSpec
+from hf_lowprec.operands import LinearSpec
 from hf_lowprec.ops.glu import default_glu
 from hf_lowprec.ops.quantize import default_cast_transpose, default_quantize
 from hf_lowprec.presets import PRESETS
