@@ -24,8 +24,8 @@ from hf_lowprec.recipe import (
     RoundOff,
     Scaling,
     States,
+    Transform,
 )
-from hf_lowprec.recipe_transform import Transform
 
 GEMMS = {
     "fprop": ("output = input @ weight.T", ("input", "weight")),

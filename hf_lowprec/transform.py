@@ -36,7 +36,7 @@ from hf_lowprec import numerics
 from hf_lowprec.decoder import Branch, Decoder, in_features, out_features
 from hf_lowprec.modules import LayerState
 from hf_lowprec.numerics import unit
-from hf_lowprec.recipe_transform import Transform
+from hf_lowprec.recipe import Transform
 
 _LONGEST = 4096
 _TOKENS = 4096  # of a micro-batch, before the first one has been seen

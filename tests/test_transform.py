@@ -20,8 +20,7 @@ from hf_lowprec.conversion import ConversionError, session_of
 from hf_lowprec.decoder import find_decoder, in_features
 from hf_lowprec.numerics import unit
 from hf_lowprec.presets import PRESETS
-from hf_lowprec.recipe import Gemm, Recipe, RecipeError
-from hf_lowprec.recipe_transform import Transform
+from hf_lowprec.recipe import Gemm, Recipe, RecipeError, Transform
 from hf_lowprec.transform import is_fresh
 
 BOTH = ("unit-scaling", "u-mup")

@@ -15,8 +15,7 @@ from hf_lowprec.conversion import session_of
 from hf_lowprec.decoder import in_features
 from hf_lowprec.modules.state import ROLES
 from hf_lowprec.presets import PRESETS
-from hf_lowprec.recipe import Gemm, Recipe, Scaling
-from hf_lowprec.recipe_transform import Transform
+from hf_lowprec.recipe import Gemm, Recipe, Scaling, Transform
 
 
 def carrying(recipe: Recipe) -> Recipe:

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from hf_lowprec.recipe import NONE, Accumulation, Gemm, Quant, Recipe
-from hf_lowprec.recipe_transform import Transform
+from hf_lowprec.recipe import NONE, Accumulation, Gemm, Quant, Recipe, Transform
 
 _X, _G = Quant(format="e4m3fn", scaling=NONE), Quant(format="e5m2", scaling=NONE)
 _UNIT_SCALING = Recipe(

@@ -226,10 +226,10 @@ def test_a_finder_that_raises_is_not_our_problem(playground):
 
 
 def test_import_torch_survives_a_broken_package(tmp_path):
-    """recipe.py and the integrations do not import: plain bf16 work goes on, a requested recipe is refused."""
+    """The recipes and the integrations do not import: plain bf16 work goes on, a requested recipe is refused."""
     copy = tmp_path / "broken"
     shutil.copytree(ROOT / "hf_lowprec", copy / "hf_lowprec", ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "hf_lowprec" / "recipe.py").write_text("raise RuntimeError('broken recipe module')\n")
+    (copy / "hf_lowprec" / "recipe" / "__init__.py").write_text("raise RuntimeError('broken recipe module')\n")
     code = """
 import torch, sys
 assert any(type(f).__name__ == "_Finder" for f in sys.meta_path)

@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import ConfigDict, model_validator
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
+from hf_lowprec.recipe.quant import CONFIG
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Transform:
     """How a decoder is brought to unit scale, so that its GEMMs need no scale from data (docs/recipes/u-mup.md).
 
