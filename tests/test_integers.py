@@ -127,7 +127,9 @@ def test_what_only_gemms_can_have_is_refused_elsewhere() -> None:
 # --- integer products -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(5, 7, 3), (33, 4100, 9), (1, 1, 1), (0, 8, 4), (4, 0, 4), (17, 64, 31)])
+@pytest.mark.parametrize(
+    "shape", [(5, 7, 3), (33, 4100, 9), (1, 1, 1), (17, 1, 33), (2, 2, 5), (0, 8, 4), (4, 0, 4), (17, 64, 31)]
+)
 def test_integer_products_are_exact(shape: tuple[int, int, int]) -> None:
     m, k, n = shape
     generator = torch.Generator().manual_seed(1)

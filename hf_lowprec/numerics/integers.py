@@ -52,6 +52,8 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     if not a.numel() or not b.numel():
         return torch.zeros((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
     if a.device.type != "cuda":
+        if a.shape[1] == 1:  # torch 2.13 takes a column for a row there and reads what was never written
+            a, b = torch.nn.functional.pad(a, (0, 1)), torch.nn.functional.pad(b, (0, 1))
         return torch._int_mm(a, b.t())
     # cuBLASLt: more than 16 rows, and the other sizes in multiples of 8. Zeros add nothing.
     m, n = a.shape[0], b.shape[0]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import NAMES, bits, held, model_of, same, slow_beside, small, snapshot, train, weights
 
-from hf_lowprec.optim import Adam, AdamW, GradientQuantizer, GradientSwap
+from hf_lowprec.optim import Adam, AdamW, GradientQuantizer, GradientSwap, StableAdamW
 from hf_lowprec.optim import states as st
 from hf_lowprec.presets import PRESETS
 from hf_lowprec.recipe import Quant, Rounding, Scaling, States
@@ -192,7 +192,8 @@ def test_names_resolve_and_unknown_ones_say_what_there_is():
     param = nn.Parameter(torch.zeros(2))
     for name in st.NAMED:
         master = "default" if st.NAMED[name].op_by_op else None  # rules of papers have one of their own
-        kept = AdamW([param], states=name, master=master).param_groups[0]["states"]
+        algorithm = StableAdamW if st.NAMED[name].algorithm == "stable-adamw" else AdamW
+        kept = algorithm([param], states=name, master=master).param_groups[0]["states"]
         assert st.resolve_states(kept) == st.NAMED[name]
     assert AdamW([param]).param_groups[0]["states"] == "8bit"
     with pytest.raises(ValueError, match="unknown states 'fp9'; known: fp32, bf16, 8bit"):
