@@ -108,10 +108,10 @@ def check_cast_transpose() -> int:
                     agree(default_cast_transpose, kernel.cast_transpose, x, key, scaling, start, ready, partials)
     # Every tile, rows that lie apart, a sample.
     key = ops.quant_key(Quant(format="e4m3fn", scaling=DELAYED))
-    x = torch.randn(300, 250).to(torch.bfloat16)
+    x = torch.randn(150, 140).to(torch.bfloat16)
     for tile in triton.TILES:
         triton.TILE = tile
-        agree(default_cast_transpose, kernel.cast_transpose, x[:, 3:240], key, DELAYED, 0.25, True)
+        agree(default_cast_transpose, kernel.cast_transpose, x[:, 3:137], key, DELAYED, 0.25, True)
         checked += 1
     wide = torch.randn(260, 600)[:, :520]
     assert sample_stride(wide.numel()) > 1
