@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_lowprec import files
 from hf_lowprec.conversion import ConversionError, convert, high_precision, revert, session_of
 from hf_lowprec.formats import get_format
 from hf_lowprec.modules.flexible import Flexible, Operand
@@ -243,7 +244,7 @@ def save_calibration(model: nn.Module, path: str | Path) -> None:
         for key, tensor in flexible.tensors(role).items()
     }
     metadata = {"kind": _KIND, "version": _VERSION, "recipe": json.dumps(session.recipe.to_dict())}
-    _safetensors().torch.save_file(tensors, str(path), metadata=metadata)
+    files.write(tensors, Path(path), metadata)
 
 
 def load_calibration(model: nn.Module, path: str | Path, **options: Any) -> ConversionReport:
@@ -274,13 +275,10 @@ def load_calibration(model: nn.Module, path: str | Path, **options: Any) -> Conv
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], Recipe]:
-    safetensors = _safetensors()
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CalibrationError(f"{path}: no readable safetensors file: {error}") from None
+        tensors, metadata = files.read(Path(path))
+    except ValueError as error:
+        raise CalibrationError(f"{path}: {error}") from None
     if metadata.get("kind") != _KIND or metadata.get("version") != _VERSION:
         raise CalibrationError(f"{path}: not a calibration of this version (save_calibration writes one)")
     try:
@@ -315,15 +313,6 @@ def _fill(session: Session, tensors: dict[str, Tensor], path: str | Path) -> Non
     for key, (operand, _, target) in targets.items():
         target.data.copy_(tensors[key])
         operand.found = True
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f"calibrations are safetensors files: pip install safetensors ({error})") from error
-    return safetensors
 
 
 __all__ = ["CalibrationError", "ConversionError", "calibrate", "load_calibration", "save_calibration"]

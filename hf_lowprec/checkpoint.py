@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lowprec import files
 from hf_lowprec.conversion import invalidate, unwrapped
 from hf_lowprec.formats import get_format
 from hf_lowprec.modules.linear import LowPrecMixin
@@ -78,7 +79,7 @@ def export_pretrained(
         ExportError: another format, no linear to pack, a weight that is not finite, sharded, or on the meta device.
         ImportError: safetensors is not installed.
     """
-    safetensors = _safetensors()
+    files.require()
     quant, spelling = _policy(format)
     model = unwrapped(model)
     patterns = (modules_to_not_convert,) if isinstance(modules_to_not_convert, str) else tuple(modules_to_not_convert)
@@ -115,12 +116,7 @@ def export_pretrained(
         save = getattr(getattr(model, name, None), "save_pretrained", None)
         if save is not None:
             save(target)
-    half = target / f"{FILE}.{os.getpid()}.tmp"
-    try:
-        safetensors.torch.save_file(tensors, half, {_KEY: json.dumps(header)})
-        os.replace(half, target / FILE)
-    finally:
-        half.unlink(missing_ok=True)
+    files.write(tensors, target / FILE, {_KEY: json.dumps(header)})
     after = sum(value.nbytes for value in tensors.values())
     return ExportReport(target / FILE, spelling, len(header["weights"]), after, before)
 
@@ -157,16 +153,14 @@ def load_exported(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def read_exported(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict that `load_exported` loads, on the CPU. `folder`: or the file itself. Raises ExportError."""
-    safetensors, path = _safetensors(), Path(folder)
+    path = Path(folder)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise ExportError(f"there is no {path}: hf_lowprec.export_pretrained writes it")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except Exception as error:  # safetensors has an exception of its own, and the system has many
-        raise ExportError(f"{path} is damaged, or no safetensors file: {error}") from None
+        tensors, metadata = files.read(path)
+    except ValueError as error:
+        raise ExportError(f"{path} is damaged, or {error}") from None
     quant, weights, tied = _check_header(path, metadata, tensors)
     out = {key: value for key, value in tensors.items() if not key.endswith((_PLANES, _EXPONENTS))}
     for key, (shape, dtype, transposed) in weights.items():
@@ -287,15 +281,6 @@ def _check_header(
         if _crc(value) != sums[key]:
             raise ExportError(f"{path} is damaged: the bytes of {key} are not those that were written")
     return quant, weights, tied
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("exported weights are safetensors files: pip install safetensors") from None
-    return safetensors
 
 
 __all__ = ["ExportError", "ExportReport", "export_pretrained", "load_exported", "read_exported"]

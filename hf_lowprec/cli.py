@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_lowprec import describe
-from hf_lowprec.presets import ALIASES, PLANNED, PRESETS, get_recipe
+from hf_lowprec import describe, summary
+from hf_lowprec.presets import ALIASES, PRESETS, get_recipe
 from hf_lowprec.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def recipes(
 ) -> None:
     """List every recipe: how it runs on this machine, and what it is."""
     if markdown:
-        typer.echo(describe.recipe_table(), nl=False)
+        typer.echo(summary.recipe_table(), nl=False)
         return
     from hf_lowprec.doctor import runs_here
 
@@ -78,13 +78,11 @@ def recipes(
     for name, recipe in PRESETS.items():
         word, why = runs_here(recipe)
         reasons.setdefault((word, re.sub(r"^recipe '[^']*' ", "", why)), []).append(name)
-        table.add_row(name, word, describe.one_line(recipe))
+        table.add_row(name, word, summary.one_line(recipe))
     for alias, name in ALIASES.items():
         table.add_row(alias, "", f"another name of {name}")
     word, why = runs_here(get_recipe("exmy:e3m1"))
-    table.add_row("exmy:e<X>m<Y>", word, describe.EXMY_WORDS)
-    for name, words in PLANNED.items():
-        table.add_row(name, "planned", words)
+    table.add_row("exmy:e<X>m<Y>", word, summary.EXMY_WORDS)
     console = _console()
     console.print(table)
     console.print()
@@ -110,7 +108,7 @@ def explain(
     if yaml:
         typer.echo(recipe.to_yaml(), nl=False)
         return
-    console.print(f"[bold]{recipe.name}[/]: {describe.one_line(recipe)}")
+    console.print(f"[bold]{recipe.name}[/]: {summary.one_line(recipe)}")
     if recipe.paper:
         console.print(recipe.paper)
     if PRESETS.get(recipe.name) == recipe:

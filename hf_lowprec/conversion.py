@@ -82,7 +82,7 @@ def convert(
     Returns: the report, also printed by `hf-lowprec inspect` and logged at `Accelerator.prepare`.
 
     Raises:
-        RecipeError: unknown, planned or malformed recipe.
+        RecipeError: unknown or malformed recipe.
         ConversionError: nn.DataParallel; already converted with another recipe, `fuse`, `min_numel` or `min_tokens`
             (None: as it is), or now to be emulated; a GPU that cannot run it natively; a field of a user's own recipe
             that this version does not carry out.

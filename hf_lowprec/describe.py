@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipe in words: what `hf-lowprec explain` prints and the tables in the documentation hold.
 
-Everything is derived from the recipe's data, so that a description cannot say something else than what runs. Only
-recipes that are planned, which have no data yet, are described by hand.
+Everything is derived from the recipe's data, so that a description cannot say something else than what runs.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 from hf_lowprec.formats import FORMATS, Format, get_format
-from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
 from hf_lowprec.recipe import (
     FLEXIBLE,
     Accumulation,
@@ -124,7 +122,7 @@ def slot_rows(recipe: Recipe) -> list[tuple[str, str, str, str, str]]:
         for slot in slots:
             quant: Quant | None = getattr(getattr(recipe, gemm), slot)
             if quant is None:
-                rows.append((f"{gemm} {slot}", _base(recipe), "", "", ""))
+                rows.append((f"{gemm} {slot}", base_name(recipe), "", "", ""))
             else:
                 scaling = scaling_words(quant.scaling)
                 if recipe.transform.method != "none":
@@ -161,7 +159,7 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.quantises_gemms:
         rows.append(("saved by MLPs", _saved_words(recipe)))
         rows.append(("weight casts", _weight_cache_words(recipe)))
-    rows.append(("base precision", f"{_base(recipe)}: everything that no slot names"))
+    rows.append(("base precision", f"{base_name(recipe)}: everything that no slot names"))
     if recipe.quantises_gemms:
         rows.append(("stays high", stays_high(recipe)))
     return rows
@@ -176,7 +174,7 @@ def _weight_cache_words(recipe: Recipe) -> str:
 
 def _sum_words(recipe: Recipe, gemm: Gemm) -> str:
     if gemm.one_sided:
-        return f"{_base(recipe)} GEMM, its one quantised operand read back"
+        return f"{base_name(recipe)} GEMM, its one quantised operand read back"
     if _since(gemm) == INT8_SINCE:
         operands = (gemm.input, gemm.weight, gemm.grad_output)
         divides = any(q is not None and q.scaling.inverse for q in operands)
@@ -275,79 +273,12 @@ def stays_high(recipe: Recipe) -> str:
     return words
 
 
-def _base(recipe: Recipe) -> str:
+def base_name(recipe: Recipe) -> str:
+    """The precision of what no slot names: `bf16`, `fp16`, or `float32`."""
     return "float32" if recipe.base == "no" else recipe.base
 
 
-# --- one line -------------------------------------------------------------------------------------------------------
-
-
-def one_line(recipe: Recipe) -> str:
-    """The recipe in a sentence, for lists."""
-    parts = []
-    if recipe.quantises_gemms:
-        forward = _formats(recipe.fprop.input, recipe.fprop.weight)
-        backward = _formats(recipe.dgrad.grad_output, recipe.wgrad.grad_output)
-        parts.append(f"{forward or _base(recipe)} forward, {backward or _base(recipe)} gradients")
-        parts.append(_methods(recipe))
-        if recipe.input_norm is not None:
-            parts.append("inputs normalised")
-        sums = dict.fromkeys(getattr(recipe, gemm).accumulation for gemm in GEMMS)
-        parts += [f"sums in {accumulation_words(a)}" for a in sums if a.format is not None]
-    else:
-        parts.append(f"GEMMs in {_base(recipe)}")
-    states = recipe.states
-    if states is not None and (states.exp_avg or states.exp_avg_sq or states.master):
-        kept = [q.format if q else "float32" for q in (states.exp_avg, states.exp_avg_sq)]
-        parts.append(f"states {' + '.join(kept)}" + (f" + master {master_name(states)}" if states.master else ""))
-    if states is not None and states.algorithm is not None:
-        parts.append("StableAdamW")
-    if states is not None and states.update.mode == "stochastic":
-        parts.append("16-bit weights updated with stochastic rounding")
-    if states is not None and states.weight is not None:
-        parts.append(f"weights kept in {states.weight.format}")
-    if states is not None and states.arithmetic is not None:
-        rounding = " stochastically" if states.arithmetic.rounding.mode == "stochastic" else ""
-        parts.append(f"every AXPY of the update rounded{rounding} to {states.arithmetic.format}")
-    if recipe.communication is not None:
-        mu = ", scaled by mu" if recipe.communication.auto_scale else ""
-        parts.append(f"weight gradients {recipe.communication.gradient.format}{mu}")
-    if recipe.transform.method != "none":
-        parts.append("decoder at unit scale" + (", u-muP" if recipe.transform.method == "u-mup" else ""))
-    if recipe.loss_scale.method != "none":
-        parts.append(f"{recipe.loss_scale.method} loss scale")
-    return "; ".join(parts)
-
-
-def _formats(*quants: Quant | None) -> str:
-    return " x ".join(dict.fromkeys(format_words(q) for q in quants if q is not None))
-
-
-def _methods(recipe: Recipe) -> str:
-    """`delayed (16) scales, weight current, powers of two`."""
-    quants = {
-        "input": recipe.fprop.input or recipe.wgrad.input,
-        "weight": recipe.fprop.weight or recipe.dgrad.weight,
-        "grad_output": recipe.dgrad.grad_output or recipe.wgrad.grad_output,
-    }
-
-    def method(quant: Quant) -> str:
-        scaling = quant.scaling
-        name = {"static": "constant", "none": "no", "search": "searched"}.get(scaling.method, scaling.method)
-        if scaling.statistic == "mean":
-            name = "mean"
-        if scaling.granularity != "tensor" and get_format(quant.format).is_integer:
-            name += f" per {scaling.granularity}"
-        return f"{name} ({scaling.history})" if scaling.method == "delayed" else name
-
-    methods = {role: method(quant) for role, quant in quants.items() if quant is not None}
-    common = max(methods.values(), key=list(methods.values()).count)
-    words = f"{common} scales"
-    words += "".join(f", {role} {other}" for role, other in methods.items() if other != common)
-    adaptive = [q for q in quants.values() if q is not None and q.scaling.method in ("current", "delayed")]
-    if adaptive and all(q.scaling.snap != "exact" for q in adaptive):
-        words += ", powers of two"
-    return words
+# --- where it is native ---------------------------------------------------------------------------------------------
 
 
 def native_since(quant: Quant) -> tuple[int, int] | None:
@@ -394,9 +325,6 @@ def needs(recipe: Recipe) -> str:
     return f"{sm(since)} or newer" if since > (0, 0) else "any"
 
 
-EXMY_WORDS = "a sign, X exponent and Y mantissa bits in all six slots; exponents aligned per tensor, or (/row) per row"
-
-
 def operand_bits(recipe: Recipe) -> int | None:
     """Bits of an element in the widest of the GEMMs' operands, 8 or 16 as storage has them; None without any."""
     gemms = [getattr(recipe, gemm) for gemm in GEMMS]
@@ -407,19 +335,6 @@ def operand_bits(recipe: Recipe) -> int | None:
 
 
 # --- documentation --------------------------------------------------------------------------------------------------
-
-
-def recipe_table() -> str:
-    """Every recipe name with what it is and where it runs, as Markdown."""
-    rows = [("recipe", "what it is", "native on", "elsewhere")]
-    aliases = {name: [a for a, target in ALIASES.items() if target == name] for name in PRESETS}
-    for name, recipe in PRESETS.items():
-        also = "".join(f" (= `{alias}`)" for alias in aliases[name])
-        elsewhere = "emulated" if recipe.quantises_gemms else ""
-        rows.append((f"`{name}`{also}", one_line(recipe), needs(recipe), elsewhere))
-    rows += [(f"`{name}`", text, "planned", "") for name, text in PLANNED.items()]
-    rows.append(("`exmy:e<X>m<Y>`", EXMY_WORDS, "nowhere yet", "emulated"))
-    return markdown(rows)
 
 
 def format_table() -> str:

@@ -34,7 +34,7 @@ from torch.compiler import is_dynamo_compiling
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import ops
-from hf_lowprec.operands import LinearSpec, OperandState, Quantized
+from hf_lowprec.operands import LinearSpec, OperandState, Quantized, base_dtype
 
 
 def first_order(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
@@ -108,15 +108,7 @@ def linear(
     Raises:
         RuntimeError: dtypes of input and weight differ outside autocast; no kernel for this GPU (`emulate` runs it).
     """
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    elif input.dtype != weight.dtype:
-        raise RuntimeError(
-            f"input is {input.dtype} and weight is {weight.dtype}: cast one of them, or run under torch.autocast"
-        )
-    else:
-        dtype = input.dtype
+    dtype = base_dtype(input, weight)
     call = _Call(
         spec, dtype, torch.is_grad_enabled(), input_state, weight_state, grad_state, ready, quantized_weight, sum_seeds
     )

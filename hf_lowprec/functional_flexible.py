@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_lowprec.numerics.flexible import flexible, gradients, layout, scale_of
+from hf_lowprec.operands import base_dtype
 from hf_lowprec.ops.quantize import sample_stride
 
 
@@ -58,15 +59,7 @@ def flexible_linear(
 
     Raises RuntimeError: dtypes of input and weight differ outside autocast.
     """
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    elif input.dtype != weight.dtype:
-        raise RuntimeError(
-            f"input is {input.dtype} and weight is {weight.dtype}: cast one of them, or run under torch.autocast"
-        )
-    else:
-        dtype = input.dtype
+    dtype = base_dtype(input, weight)
     call = _Call(dtype, input_range.bits, weight_range.bits, weight_is_kn, counts)
     out: Tensor = _FlexibleLinear.apply(input, weight, bias, *input_range[:2], *weight_range[:2], call)
     return out

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_lowprec import ops
@@ -138,3 +139,18 @@ def seen_transposed(quant: Quant | None) -> Quant | None:
         return None
     other = {"row": "column", "column": "row", "tensor": "tensor"}.get(quant.scaling.granularity)
     return None if other is None else replace(quant, scaling=replace(quant.scaling, granularity=other))  # type: ignore[arg-type]
+
+
+def base_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of a linear's output: autocast's, or without autocast that of both.
+
+    Raises RuntimeError: they differ, outside autocast.
+    """
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if input.dtype != weight.dtype:
+        raise RuntimeError(
+            f"input is {input.dtype} and weight is {weight.dtype}: cast one of them, or run under torch.autocast"
+        )
+    return input.dtype

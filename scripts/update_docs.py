@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_lowprec.describe import format_table, markdown, recipe_table
+from hf_lowprec.describe import format_table, markdown
 from hf_lowprec.optim.table import state_table
 from hf_lowprec.presets import _FAMILIES, PRESETS
+from hf_lowprec.summary import recipe_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE_PAGES = ROOT / "docs" / "recipes"

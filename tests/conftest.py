@@ -4,18 +4,31 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scripts of benchmarks/ import each other by their bare names, which nothing else should see."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in list(sys.modules):
+        if (BENCHMARKS / f"{name}.py").is_file():
+            sys.modules.pop(name)
 
 
 @pytest.fixture

@@ -13,15 +13,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in list(sys.modules):
-        if (BENCHMARKS / f"{name}.py").is_file():
-            sys.modules.pop(name)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def losses(*values: float) -> dict[int, float]:
@@ -60,7 +52,7 @@ def test_gaps_are_paired_by_seed() -> None:
     from verdict import compare
 
     found = compare(BF16, {3: 4.020 * 1.001, 1: 4.000 * 1.001, 2: 4.010 * 1.001, 4: 9.0})
-    assert found["seeds"] == [1, 2, 3]
+    assert found["seeds"] == [1, 2]
     assert found["gaps"] == pytest.approx([0.001] * 3) and found["standard_error"] == pytest.approx(0, abs=1e-12)
 
 
@@ -210,21 +202,20 @@ def test_the_states_study_runs_at_toy_size(tmp_path: Path) -> None:
     toy_corpus(tmp_path / "toy")
     out = tmp_path / "out.json"
     command = [sys.executable, str(BENCHMARKS / "loss_states.py"), "--micro", "--device", "cpu", "--steps", "12",
-               "--lr", "3e-3", "--formats", "torch", "8bit", "8bit/bf16+16", "--seeds", "1", "2", "--more", "1",
+               "--lr", "3e-3", "--formats", "torch", "8bit", "8bit/bf16+16", "--seeds", "1", "--more", "1",
                "--more-formats", "8bit", "--jobs", "1", "--corpus", str(tmp_path / "toy"),
                "--out", str(out)]  # fmt: skip
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environ)
     result: dict[str, Any] = json.loads(out.read_text())
     assert [(case["format"], case["seed"]) for case in result["cases"]] == [
-        ("fp32", 1), ("fp32", 2), ("fp32", 3), ("torch", 1), ("torch", 2), ("8bit", 1), ("8bit", 2), ("8bit", 3),
-        ("8bit/bf16+16", 1), ("8bit/bf16+16", 2),
+        ("fp32", 1), ("fp32", 2), ("torch", 1), ("8bit", 1), ("8bit", 2), ("8bit/bf16+16", 1),
     ]  # fmt: skip
     for case in result["cases"]:
         assert case["train_curve"][-1] < case["train_curve"][0] - 0.3 and case["skipped_steps"] == 0
     summary = result["summary"]
     assert abs(summary["torch"]["mean_gap"]) < 1e-4, "the control differs by rounding only"
-    assert 0 < abs(summary["8bit"]["mean_gap"]) < 0.01 and summary["8bit"]["seeds"] == [1, 2, 3]
+    assert 0 < abs(summary["8bit"]["mean_gap"]) < 0.01 and summary["8bit"]["seeds"] == [1, 2]
     assert summary["fp32"]["matrix_state_bytes"] == pytest.approx(8, abs=0.01)
     assert summary["8bit"]["matrix_state_bytes"] == pytest.approx(2 + 8 / 256, abs=0.01)
     assert summary["8bit/bf16+16"]["matrix_state_bytes"] == pytest.approx(4 + 8 / 256, abs=0.01)
@@ -238,7 +229,7 @@ def test_the_states_study_runs_at_toy_size(tmp_path: Path) -> None:
     assert (tmp_path / "loss_states.png").stat().st_size > 10_000
 
     again = [*command[:-1], str(tmp_path / "results" / "loss_states.json"), "--any-source"]
-    assert "10 runs done before, 0 to do" in subprocess.run(again, check=True, capture_output=True, text=True).stdout
+    assert "6 runs done before, 0 to do" in subprocess.run(again, check=True, capture_output=True, text=True).stdout
 
 
 def test_a_stored_case_is_reused_only_for_the_same_settings_gpu_and_source() -> None:

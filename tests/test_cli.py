@@ -15,10 +15,10 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from hf_lowprec import cli, describe, doctor, optim
+from hf_lowprec import cli, describe, doctor, optim, summary
 from hf_lowprec.conversion import native_nowhere, native_problem
 from hf_lowprec.optim.table import named
-from hf_lowprec.presets import ALIASES, PLANNED, PRESETS
+from hf_lowprec.presets import ALIASES, PRESETS
 from hf_lowprec.recipe import Quant, Recipe, Residual, Rounding, Scaling, States
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,6 @@ def test_recipes_lists_every_name_and_how_it_runs_without_a_gpu(monkeypatch):
     here = rows(invoke("recipes"))
     for name, recipe in PRESETS.items():
         assert here[name] == ("emulated" if recipe.quantises_gemms else "native")
-    assert all(here[name] == "planned" for name in PLANNED)
     assert set(ALIASES) <= set(here) and here["exmy:e<X>m<Y>"] == "emulated"
 
 
@@ -80,6 +79,35 @@ def test_needs_agrees_with_what_convert_refuses(monkeypatch, capability):
         "has a GEMM of operands that are scaled in different ways, native nowhere yet",
         "multiplies e5m2 by e5m2, native nowhere yet",
     ]
+
+
+def test_a_line_says_what_tells_a_recipe_from_the_others():
+    lines = {name: summary.one_line(recipe) for name, recipe in PRESETS.items()}
+    assert len(set(lines.values())) == len(lines) and max(map(len, lines.values())) <= 140
+    for word, names in {
+        "int8": {"mxint8", "bitnet", "bitnet-b1.58", "switchback", "switchback-m", "switchback-q"},
+        "ternary": {"bitnet-b1.58"},
+        "1-bit": {"bitnet"},
+        "in blocks of 32": {name for name in PRESETS if name.startswith("mx")},
+        "chunks of 64": {"hfp8", "fp8-chunked"},
+        "13 random bits": {"sr-mac"},
+        "bf16 weight gradients": {"switchback", "switchback-m", "switchback-q"},
+        "e0m": set(),
+    }.items():
+        assert {name for name, line in lines.items() if word in line} == names, word
+    own = Quant(format="e0m4u", scaling=Scaling(granularity="tile", block=(1, 128), snap="rceil"))
+    plain = Quant(format="e2m1")
+    recipe = Recipe(
+        name="own",
+        fprop={"input": own, "weight": plain},
+        dgrad={"grad_output": plain, "weight": plain},
+        wgrad={"input": Quant(format="e0m7")},
+        states=States(exp_avg=Quant(format="e4m3fn"), master=Residual(bits=8)),
+    )
+    assert summary.one_line(recipe) == (
+        "uint4 x e2m1 forward, e2m1 input gradients, bf16 weight gradients of int8 inputs; current scales, input in "
+        "tiles of 1 x 128; states 8 + 32 + 8 bits"
+    )
 
 
 def test_documentation_holds_the_tables():
@@ -121,7 +149,7 @@ def test_explain_says_what_is_kept_of_mlps_and_weights(tmp_path):
         output = invoke("explain", str(tmp_path / f"{policy}.yaml"))
         said[policy] = next(line for line in output.splitlines() if line.startswith("weight casts"))
         saved = next(line for line in output.splitlines() if line.startswith("saved by MLPs"))
-        assert "e4m3fn, per tensor, its own amax" in saved and "planned" not in output
+        assert "e4m3fn, per tensor, its own amax" in saved
     assert len(set(said.values())) == 3 and "2 bytes" in said["both"] and "1 byte" in said["one"]
     assert "gate and up as they are computed" in invoke("explain", "te-current")
     assert "weight casts" not in invoke("explain", "bf16")
@@ -176,11 +204,7 @@ def test_explain_states(name):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        ("fp8-ml", "did you mean 'fp8-lm'"),
-        *((n, "planned") for n in [*PLANNED][:1]),
-        ("nothere.yaml", "does not exist"),
-    ],
+    [("fp8-ml", "did you mean 'fp8-lm'"), ("nothere.yaml", "does not exist")],
 )
 def test_a_bad_recipe_is_refused(name, message):
     for command in (["explain", name], ["inspect", "some-model", "--recipe", name]):

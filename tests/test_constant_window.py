@@ -3,24 +3,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from core import llama, token_ids
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in list(sys.modules):
-        if (BENCHMARKS / f"{name}.py").is_file():
-            sys.modules.pop(name)
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def test_window_is_the_longest_run_inside() -> None:

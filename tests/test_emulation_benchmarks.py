@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in list(sys.modules):
-        if (BENCHMARKS / f"{name}.py").is_file():
-            sys.modules.pop(name)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, script: Any, *arguments: str) -> int:

@@ -21,7 +21,7 @@ from hf_lowprec.conversion import ConversionError, NothingConvertedError, native
 from hf_lowprec.modules import LowPrecLinear
 from hf_lowprec.monitor import statistics
 from hf_lowprec.ops import quant_key
-from hf_lowprec.presets import PLANNED, PRESETS
+from hf_lowprec.presets import PRESETS
 from hf_lowprec.recipe import Quant, RecipeError
 from hf_lowprec.stepping import STATE_KEY, attach_optimizer
 
@@ -47,14 +47,6 @@ def test_unknown_recipe_names_the_nearest(name: str, nearest: str) -> None:
 def test_unknown_recipe_like_no_other_lists_what_there_is() -> None:
     with pytest.raises(RecipeError, match=r"unknown recipe 'zzzzzzzz'; available: bf16, .*fp8-cscale"):
         hf_lowprec.convert(mlp(), "zzzzzzzz")
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_planned_recipes_are_not_unknown(name: str) -> None:
-    model = mlp()
-    with pytest.raises(RecipeError, match=rf"'{name}' is planned, not available yet; available: .*fp8-lm"):
-        hf_lowprec.convert(model, name)
-    assert_untouched(model)
 
 
 @pytest.mark.parametrize("content", [None, "name: [", "name: x\nfprop: 3", "- a"])

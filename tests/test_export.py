@@ -169,12 +169,12 @@ def with_header(raw: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
 
 
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda raw: b"", "is damaged, or no safetensors file"),
-    "cut": (lambda raw: raw[:-1], "is damaged, or no safetensors file"),
-    "cut in the header": (lambda raw: raw[:50], "is damaged, or no safetensors file"),
-    "longer": (lambda raw: raw + b"\0", "is damaged, or no safetensors file"),
+    "empty": (lambda raw: b"", "is damaged, or no readable safetensors file"),
+    "cut": (lambda raw: raw[:-1], "is damaged, or no readable safetensors file"),
+    "cut in the header": (lambda raw: raw[:50], "is damaged, or no readable safetensors file"),
+    "longer": (lambda raw: raw + b"\0", "is damaged, or no readable safetensors file"),
     "one bit": (flip, "the bytes of .* are not those that were written"),
-    "a pickle": (lambda raw: pickle.dumps({"0.weight": [1.0]}), "no safetensors file"),
+    "a pickle": (lambda raw: pickle.dumps({"0.weight": [1.0]}), "no readable safetensors file"),
     "version": (lambda raw: with_header(raw, lambda h: h.update(version=2)), "version 2 .* reads 1"),
     "format": (lambda raw: with_header(raw, lambda h: h.update(format="exmy:e9m9")), "eXmY has 2 to 9"),
     "another width": (

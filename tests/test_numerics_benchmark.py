@@ -3,25 +3,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hf_lowprec.numerics import round_to_format
 from hf_lowprec.recipe import Rounding
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in list(sys.modules):
-        if (BENCHMARKS / f"{name}.py").is_file():
-            sys.modules.pop(name)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def test_every_contender_that_is_there_passes_its_gate() -> None:

@@ -4,23 +4,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in list(sys.modules):
-        if (BENCHMARKS / f"{name}.py").is_file():
-            sys.modules.pop(name)
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 @pytest.mark.parametrize(

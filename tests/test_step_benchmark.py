@@ -6,22 +6,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in list(sys.modules):
-        if (BENCHMARKS / f"{name}.py").is_file():
-            sys.modules.pop(name)
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def test_contenders() -> None:

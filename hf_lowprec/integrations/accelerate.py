@@ -72,7 +72,7 @@ def resolve(asked: str | None, state: dict[str, Any]) -> tuple[str | None, Recip
     state: AcceleratorState's shared dict, empty if this is the process's first Accelerator. Later ones follow it,
     unless they name a precision themselves and the recipe was an earlier script's word, not the launcher's: a second,
     plain run in one notebook or test process is then plain.
-    Raises RecipeError: unknown or planned recipe, unreadable file, or two different recipes requested.
+    Raises RecipeError: unknown recipe, unreadable file, or two different recipes requested.
     """
     recipe: Recipe | None = state[RECIPE] if RECIPE in state else _from_environment()
     if asked is not None and str(asked).lower() not in OWNED_BY_ACCELERATE:

@@ -37,7 +37,7 @@ def read_recipe(text: str, said_by: str | None = None) -> tuple[str, Recipe]:
     """The value for HF_LOWPREC_RECIPE (a file as an absolute path, since scripts change directory) and the recipe.
 
     said_by: the variable or file that `text` comes from, where the reader of an error may not know of it.
-    Raises RecipeError: unknown name (with the nearest ones), planned name, bad file.
+    Raises RecipeError: unknown name (with the nearest ones), bad file.
     """
     from hf_lowprec.presets import get_recipe
     from hf_lowprec.recipe import RecipeError

@@ -18,36 +18,17 @@ from hf_lowprec.recipe import Recipe, RecipeError
 _FAMILIES = (sixteen, fp8, microscaling, narrow, integer, unscaled, flexible)
 PRESETS: dict[str, Recipe] = {recipe.name: recipe for family in _FAMILIES for recipe in family.RECIPES}
 ALIASES: dict[str, str] = {"fp8-lm-o2": "fp8-lm"}
-# What is not there yet, in words.
-PLANNED: dict[str, str] = {
-    name: words
-    for name, words in {
-        "fp8-lm-o3": "fp8-lm with sharding and all-gather in FP8",
-        "bitnet": "1-bit weights, 8-bit activations, straight-through estimator",
-        "bitnet-b1.58": "ternary weights, 8-bit activations, straight-through estimator",
-        "switchback": "int8 forward and input gradient, 16-bit weight gradient, StableAdamW",
-        "switchback-m": "switchback that saves its operands in int8",
-        "switchback-q": "switchback with one scale per row, weights included",
-        "hfp8": "IBM's hybrid FP8: e4m3b11 forward, e5m2 backward",
-        "fp8-chunked": "e5m2 with chunked e6m9 accumulation and stochastic-rounding updates (Wang 2018)",
-        "sr-mac": "e6m5 accumulators with stochastic rounding",
-        "unit-scaling": "op-level unit scaling: constants instead of amaxes",
-        "u-mup": "unit scaling with the maximal update parametrisation",
-        "fp8-flex": "learned or searched range and mantissa width",
-    }.items()
-    if name not in PRESETS
-}
 
 
 def known_names() -> list[str]:
-    """Every recipe name, the planned ones included."""
-    return [*PRESETS, *ALIASES, *PLANNED]
+    """Every recipe name, aliases included."""
+    return [*PRESETS, *ALIASES]
 
 
 def get_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
     """A preset's name, `exmy:e3m1` (`presets.exmy`), a path to a .yaml or .json file, a dict, or a Recipe.
 
-    Raises RecipeError: unknown name (with the nearest ones), planned name, missing or malformed file.
+    Raises RecipeError: unknown name (with the nearest ones), missing or malformed file.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -68,11 +49,9 @@ def get_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
         return PRESETS[name]
     if name.startswith(PREFIX):
         return exmy_recipe(name)
-    if name in PLANNED:
-        raise RecipeError(f"recipe {text!r} is planned, not available yet; available: {', '.join(PRESETS)}")
     near = difflib.get_close_matches(name, known_names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {', '.join(PRESETS)}, {GRAMMAR}"
     raise RecipeError(f"unknown recipe {text!r}; {hint}")
 
 
-__all__ = ["ALIASES", "DECOUPLING", "FP8_LM_STATES", "PLANNED", "PRESETS", "get_recipe", "known_names"]
+__all__ = ["ALIASES", "DECOUPLING", "FP8_LM_STATES", "PRESETS", "get_recipe", "known_names"]

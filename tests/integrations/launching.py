@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start processes in which the import hook is live, whether or not the package is installed."""
+"""Processes in which the import hook is live, whether or not the package is installed; a clean start in this one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from argparse import Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -45,3 +46,19 @@ def launch(folder: Path, *command: str, path: str = "", **environment: str) -> s
 
 def losses(output: str) -> list[float]:
     return [float(x) for x in re.findall(r"^step +\d+ +loss ([\d.]+)$", output, re.M)]
+
+
+def parsed(*words: str) -> Namespace:
+    """What `accelerate launch *words --cpu train.py` makes of its arguments, in this process."""
+    from accelerate.commands import launch as accelerate_launch
+
+    args = accelerate_launch.launch_command_parser().parse_args([*words, "--cpu", "train.py"])
+    return accelerate_launch._validate_launch_command(args)[0]
+
+
+def child_environment(args: Namespace) -> tuple[str, str | None]:
+    """ACCELERATE_MIXED_PRECISION and HF_LOWPREC_RECIPE of the process that it would start."""
+    from accelerate.utils import launch as launch_environment
+
+    env = launch_environment.prepare_simple_launcher_cmd_env(args)[1]
+    return env["ACCELERATE_MIXED_PRECISION"], env.get("HF_LOWPREC_RECIPE")

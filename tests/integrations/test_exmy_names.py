@@ -5,7 +5,6 @@ quantizer, a plain conversion, a command, a recipe file; and errors that say wha
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,7 @@ import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
-from accelerate.commands import launch as accelerate_launch
-from accelerate.utils import launch as launch_environment
-from launching import LOOP, launch, losses
+from launching import LOOP, child_environment, launch, losses, parsed
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -35,16 +32,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("HF_LOWPREC_", "ACCELERATE_")):
             monkeypatch.delenv(name)
-
-
-def parsed(*words: str) -> Namespace:
-    args = accelerate_launch.launch_command_parser().parse_args([*words, "--cpu", "train.py"])
-    return accelerate_launch._validate_launch_command(args)[0]
-
-
-def child_environment(args: Namespace) -> tuple[str, str | None]:
-    env = launch_environment.prepare_simple_launcher_cmd_env(args)[1]
-    return env["ACCELERATE_MIXED_PRECISION"], env.get("HF_LOWPREC_RECIPE")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,7 @@ from hf_lowprec.session import session_of
 
 _autoload.activate()
 STATIC = LossScale(method="static", init=1000.0)
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch):
-    torch.set_num_threads(1)
-    for name in ("HF_LOWPREC_RECIPE", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def recipe_file(folder: Path, recipe: Recipe) -> str:

@@ -7,10 +7,9 @@ The interpreter must be chosen before Triton is imported, so that one test start
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
+import interpreter
 import pytest
 import torch
 
@@ -102,19 +101,6 @@ def check_kernel(device: str) -> int:
     return count
 
 
-def mend_interpreter() -> None:
-    """Triton 3.6's interpreter has loop bounds as [1] arrays, which numpy >= 2.4 makes no int of."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def mended(tensor: object, scope: object) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # type: ignore[attr-defined]
-
-    interpreter._patch_lang_tensor = mended
-
-
 def compile_for_h100() -> dict[str, int]:
     """Instructions that the sums of some recipes compile to."""
     import triton
@@ -135,25 +121,14 @@ def compile_for_h100() -> dict[str, int]:
     return found
 
 
-def in_a_process(what: str, **environment: str) -> str:
-    path = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, what]
-    run = subprocess.run(
-        command, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
-
-
 def test_interpreter_agrees_with_numerics() -> None:
-    pytest.importorskip("triton")
-    assert int(in_a_process("interpret", TRITON_INTERPRET="1").split()[-1]) >= 29
+    assert int(interpreter.run(__file__, "interpret").split()[-1]) >= 29
 
 
 @pytest.mark.slow
 def test_compiles_for_an_h100(tmp_path: object) -> None:
-    pytest.importorskip("triton")
-    found = dict(line.split(": ") for line in in_a_process("compile", TRITON_CACHE_DIR=str(tmp_path)).splitlines())
+    printed = interpreter.run(__file__, "compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    found = dict(line.split(": ") for line in printed.splitlines())
     # One fused instruction per product in float32; nearest rounding adds two.
     assert int(found["float32 fma"]) > 0 and int(found["chunked fma"]) >= 3 * int(found["float32 fma"]) * 0.9
     assert int(found["sr lines"]) > int(found["float32 lines"])
@@ -223,5 +198,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "compile":
         print("\n".join(f"{name}: {count}" for name, count in compile_for_h100().items()))
     else:
-        mend_interpreter()
+        interpreter.mend()
         print("checked", check_kernel("cpu"))

@@ -6,11 +6,10 @@ The interpreter must be chosen before Triton is imported, so that one test start
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 
@@ -248,25 +247,14 @@ def compile_for_h100() -> list[str]:
     return [*done, f"decode {ptx.count('st.global')}"]
 
 
-def in_a_process(what: str, **environment: str) -> str:
-    path = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, what]
-    run = subprocess.run(
-        command, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
-
-
 def test_interpreter_agrees_with_numerics() -> None:
-    pytest.importorskip("triton")
-    assert int(in_a_process("interpret", TRITON_INTERPRET="1").split()[-1]) >= 200
+    assert int(interpreter.run(__file__, "interpret").split()[-1]) >= 200
 
 
 @pytest.mark.slow
 def test_compiles_for_an_h100(tmp_path: object) -> None:
-    pytest.importorskip("triton")
-    lines = in_a_process("compile", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    printed = interpreter.run(__file__, "compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    lines = printed.splitlines()
     assert len(lines) == 6 and all(int(line.split()[1]) > 0 for line in lines)
 
 
@@ -275,34 +263,11 @@ def test_gpu_agrees_with_numerics() -> None:
     assert check_kernels("cuda") + check_decoding("cuda") >= 200
 
 
-def mend_interpreter() -> None:
-    """Triton 3.6: loop bounds are [1] arrays, which numpy >= 2.4 makes no int of; bfloat16 is truncated."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch, convert = interpreter._patch_lang_tensor, interpreter._convert_float
-
-    def mended(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def to_nearest(values: Any, source: Any, target: Any, mode: Any) -> Any:
-        if source == tl.float32 and target == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
-            return rounded.view(torch.int16).numpy().view(np.uint16)
-        return convert(values, source, target, mode)
-
-    interpreter._patch_lang_tensor, interpreter._convert_float = mended, to_nearest
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "compile":
         print("\n".join(compile_for_h100()))
     else:
-        mend_interpreter()
-        from hf_lowprec.kernels.triton import any_cast
-
-        any_cast.PARTIALS = 4  # programs, which the interpreter runs one by one
+        interpreter.mend()
+        interpreter.few_programs()
         print("checked", check_kernels("cpu") + check_decoding("cpu"))

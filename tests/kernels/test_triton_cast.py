@@ -4,10 +4,9 @@
 Large shapes and every tile have their turn on the GPU (tests/gpu/test_casts.py).
 """
 
-import os
-import subprocess
 import sys
 
+import interpreter
 import pytest
 import torch
 
@@ -60,7 +59,7 @@ def check_cast() -> int:
     from hf_lowprec.kernels import quantize as kernel
 
     checked = 0
-    # Every launch for an amax is 512 Python loops here, so few sizes: below a block, several, a sampled one, zeros.
+    # Below a block, several, a sampled one, zeros.
     for name, scaling in [("e5m10", s) for s in (CURRENT, SNAPPED, STATIC)] + [("e4m3fn", DELAYED), ("e5m2", DELAYED)]:
         key = ops.quant_key(Quant(format=name, scaling=scaling))
         sizes = ((777, float("nan")), (9000, -float("inf")), (64, 0.0), (200001, None))
@@ -95,22 +94,24 @@ def check_cast_transpose() -> int:
             generator = torch.Generator().manual_seed(i)
             x = (torch.randn(shape, generator=generator) * 100).to(dtype)
             x.view(-1)[x.numel() // 3] = (float("nan"), float("inf"), 3e4)[i % 3]
-            first = ((0.0, False),) if i % 2 else ()  # 512 loops
+            first = ((0.0, False),) if i % 2 else ()
             for start, ready in (*first, (2.0, True)) if scaling is DELAYED else ((0.0, False),):
                 agree(default_cast_transpose, kernel.cast_transpose, x, key, scaling, start, ready)
                 agree(default_cast_transpose, kernel.cast_transpose, x, key, scaling, start, ready, None, False, True)
                 agree(default_cast_transpose, kernel.cast_transpose, x, key, scaling, start, ready, None, True, False)
                 checked += 3
+                if ready:
+                    continue
                 # Amaxes that somebody knows, where a pass for them would be.
                 known = x.abs().float().where(x.isfinite(), 0.0).max()
                 for partials in (known, torch.stack([known / 2, known, known / 3, torch.zeros(())])):
                     agree(default_cast_transpose, kernel.cast_transpose, x, key, scaling, start, ready, partials)
     # Every tile, rows that lie apart, a sample.
     key = ops.quant_key(Quant(format="e4m3fn", scaling=DELAYED))
-    x = torch.randn(300, 250).to(torch.bfloat16)
+    x = torch.randn(150, 140).to(torch.bfloat16)
     for tile in triton.TILES:
         triton.TILE = tile
-        agree(default_cast_transpose, kernel.cast_transpose, x[:, 3:240], key, DELAYED, 0.25, True)
+        agree(default_cast_transpose, kernel.cast_transpose, x[:, 3:137], key, DELAYED, 0.25, True)
         checked += 1
     wide = torch.randn(260, 600)[:, :520]
     assert sample_stride(wide.numel()) > 1
@@ -141,37 +142,11 @@ def check_transpose() -> int:
 
 @pytest.mark.parametrize("part", ["cast", "cast_transpose", "transpose"])
 def test_interpreter_agrees_with_the_operator(part: str) -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, part]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[-1]) >= 5
-
-
-def patch_the_interpreter() -> None:
-    """What Triton 3.6's interpreter does wrongly: loop bounds as [1] arrays, which numpy >= 2.4 makes no int of; the
-    cast of float32 to float8 (1.887 becomes 1.0 in E4M3)."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch, convert = interpreter._patch_lang_tensor, interpreter._convert_float
-    dtypes = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def to_nearest(values, source, target, mode):
-        if source == tl.float32 and target in dtypes:  # in range: the kernels have clamped
-            return torch.from_numpy(np.ascontiguousarray(values)).to(dtypes[target]).view(torch.uint8).numpy()
-        return convert(values, source, target, mode)
-
-    interpreter._patch_lang_tensor, interpreter._convert_float = patched, to_nearest
+    assert int(interpreter.run(__file__, part).split()[-1]) >= 5
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    patch_the_interpreter()
+    interpreter.mend()
+    interpreter.few_programs()
     print("checked", {f.__name__[6:]: f for f in (check_cast, check_cast_transpose, check_transpose)}[sys.argv[1]]())

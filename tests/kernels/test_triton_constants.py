@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import pytest
+import interpreter
 import torch
 
 from hf_lowprec.operands import LinearSpec
@@ -51,15 +47,10 @@ def check() -> int:
 
 
 def test_interpreter_agrees_with_the_operators() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[-1]) == 24
+    assert int(interpreter.run(__file__).split()[-1]) == 24
 
 
 if __name__ == "__main__":
-    from test_triton_cast import patch_the_interpreter
-
-    patch_the_interpreter()
+    interpreter.mend()
+    interpreter.few_programs()
     print(check())

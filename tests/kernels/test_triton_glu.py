@@ -8,12 +8,9 @@ their turn on the GPU (tests/gpu/test_glu_gpu.py).
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
-import pytest
+import interpreter
 import torch
 import torch.nn.functional as F
 
@@ -171,18 +168,12 @@ def check_agreement() -> int:
 
 
 def test_interpreter_agrees_with_the_operator() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert [int(n) for n in run.stdout.split()[1:]] == [8, 36, 1, 48, 7]
+    assert [int(n) for n in interpreter.run(__file__).split()[1:]] == [8, 36, 1, 48, 7]
 
 
 if __name__ == "__main__":
-    from test_triton_cast import patch_the_interpreter
-
     torch.set_num_threads(1)
-    patch_the_interpreter()
+    interpreter.mend()
     checks = (
         check_values,
         check_quantise_stage,

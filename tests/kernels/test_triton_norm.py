@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The norm kernels in Triton's interpreter: against float64."""
 
-import os
-import subprocess
-import sys
-
-import pytest
+import interpreter
 import torch
-from test_triton_cast import patch_the_interpreter
 
 from hf_lowprec import numerics
 from hf_lowprec.numerics import norm as truth
@@ -101,31 +96,10 @@ def check_strides() -> None:
 
 
 def test_interpreter_agrees_with_float64() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[-1]) == 64
-
-
-def round_to_bfloat16() -> None:
-    """Where Triton 3.6's interpreter casts float32 to bfloat16 it truncates."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def to_nearest(values, source, target, mode):
-        if source == tl.float32 and target == tl.bfloat16:
-            return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return convert(values, source, target, mode)
-
-    interpreter._convert_float = to_nearest
+    assert int(interpreter.run(__file__).split()[-1]) == 64
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    patch_the_interpreter()
-    round_to_bfloat16()
+    interpreter.mend()
     print("checked", check_all())

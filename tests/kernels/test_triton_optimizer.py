@@ -8,7 +8,6 @@ process of their own, one for the whole file, which is told their names; it is t
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import traceback
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import interpreter
 import pytest
 import torch
 from torch import nn
@@ -97,39 +97,6 @@ QUICK = (
 
 
 # --- the process that interprets ------------------------------------------------------------------------------------
-
-
-def patch_interpreter() -> None:
-    """Loops over loaded bounds, float32 to bfloat16 to nearest (Triton 3.6), masks that are no bools (3.9)."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
-
-    def with_index(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def to_nearest(values: Any, source: Any, target: Any, mode: Any) -> Any:
-        if source == tl.float32 and target == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(values)).to(B)
-            return rounded.view(torch.int16).numpy().view(np.uint16)
-        return convert(values, source, target, mode)
-
-    interpreter._patch_lang_tensor, interpreter._convert_float = with_index, to_nearest
-
-    builder = interpreter.InterpreterBuilder
-
-    def with_bools(method: Any, place: int) -> Any:
-        def call(self: Any, *args: Any) -> Any:
-            args[place].data = args[place].data.astype(bool)
-            return method(self, *args)
-
-        return call
-
-    builder.create_masked_load = with_bools(builder.create_masked_load, 1)
-    builder.create_masked_store = with_bools(builder.create_masked_store, 2)
 
 
 def parameters(
@@ -307,7 +274,7 @@ def compare(truth: Any, found: Any, where: str) -> None:
 
 def serve() -> None:
     """Reads names of cases, answers with an error or null, until there is no more input."""
-    patch_interpreter()
+    interpreter.mend()
     torch.set_num_threads(1)
     for line in sys.stdin:
         error = None
@@ -329,12 +296,14 @@ def serve() -> None:
 def interpreted() -> Iterator[Callable[[str], str | None]]:
     """Runs a case in the interpreter; its error, or None."""
     pytest.importorskip("triton")
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
     command = [sys.executable, __file__]
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        env=interpreter.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as process:
         assert process.stdin is not None and process.stdout is not None
 

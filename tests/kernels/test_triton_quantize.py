@@ -4,10 +4,7 @@
 The interpreter must be chosen before Triton is imported, so that one test starts a process of its own.
 """
 
-import os
-import subprocess
-import sys
-
+import interpreter
 import pytest
 import torch
 
@@ -87,11 +84,7 @@ def check_kernels(device: str) -> int:
 
 
 def test_interpreter_agrees_with_numerics() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[-1]) > 100
+    assert int(interpreter.run(__file__).split()[-1]) > 100
 
 
 @pytest.mark.gpu

@@ -5,14 +5,12 @@ and in shards, checkpoints that resume bit for bit, and models that train."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from sharding import REGULAR, differing, one_process, trained
+from sharding import REGULAR, differing, trained
 from test_cpu_path import MAKE, NUMEL, SIZE, assert_same, counted, without_slices
 from test_cpu_path import train as train_one
 from torch import Tensor, nn
@@ -125,14 +123,6 @@ def test_slices_give_the_bits_of_the_truth(plain: pytest.MonkeyPatch, bits: int)
     sizes = counted(plain, algorithms, "update")
     assert_same(train_one(*arguments, states=packed_states(bits)), expected)
     assert sizes and max(sizes) <= SIZE
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if not dist.is_gloo_available():
-        pytest.skip("torch was built without gloo")
-    with one_process(str(tmp_path_factory.mktemp("alone"))):
-        yield
 
 
 @pytest.mark.parametrize("bits", [3, 6, 9])

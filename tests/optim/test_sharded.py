@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from sharding import (
     Pair,
     differing,
     everything,
-    one_process,
     set_gradients,
     sharded,
     take_steps,
@@ -54,19 +52,6 @@ CASES = [
     *((F32, states) for states in ("4bit", "fp8-lm")),
     *(pytest.param(F32, states, marks=pytest.mark.slow) for states in NAMES if states not in ("4bit", "fp8-lm")),
 ]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    pair = Pair(str(tmp_path_factory.mktemp("pair")))
-    yield pair
-    pair.stop()
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with one_process(str(tmp_path_factory.mktemp("alone"))):
-        yield
 
 
 def test_learned_ranges_are_one_over_ranks(pair: Pair) -> None:

@@ -7,13 +7,12 @@ of a GPU.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import interpreter
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 BF16, F32 = torch.bfloat16, torch.float32
 # Whole blocks, evenly and unevenly divided, all on one rank; rows that end within a block; a vector; few elements.
 SHAPES = [(32, 256), (17, 256), (1, 4352), (41, 100), (5001,), (7, 13)]
-_KERNELS = Path(__file__).parents[1] / "kernels" / "test_triton_optimizer.py"
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +37,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         pair = Pair(str(tmp_path_factory.mktemp("pair")))
         yield pair  # which starts its processes when it is called
     pair.stop()
-
-
-def interpret() -> None:
-    spec = importlib.util.spec_from_file_location("triton_optimizer", _KERNELS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.patch_interpreter()
 
 
 _meet = base.LowPrecOptimizer._meet
@@ -64,7 +54,7 @@ def stepped(
     """Weights, states and mu after some steps, one with a bad gradient; skipped steps; whom kernels stepped."""
     global _patched
     if not _patched:
-        interpret()
+        interpreter.mend()
         _patched = True
     patches = [
         mock.patch.object(fused, "available", lambda device: True),

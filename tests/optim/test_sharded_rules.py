@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharding import Bag, Pair, differing, everything, one_process, sharded, take_steps
+from sharding import Bag, Pair, differing, everything, sharded, take_steps
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -27,19 +26,6 @@ RULES = {"wang": WANG_STATES, "o3": FP8_LM_O3_STATES, "hfp8": HFP8_STATES}
 CASES = [("wang", "SGD", torch.bfloat16), ("o3", "AdamW", torch.bfloat16), ("o3", "AdamW", torch.float32),
          ("hfp8", "AdamW", torch.float32)]  # fmt: skip
 SHAPES = [(520, 256), (17, 256), (129, 37), (4101,), (5,), (7, 13), (1, 4352)]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    pair = Pair(str(tmp_path_factory.mktemp("pair")))
-    yield pair
-    pair.stop()
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with one_process(str(tmp_path_factory.mktemp("alone"))):
-        yield
 
 
 def trained(rule: str, name: str, dtype: torch.dtype, *, shard: bool = True) -> dict[str, torch.Tensor]:
