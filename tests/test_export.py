@@ -100,6 +100,26 @@ def test_a_transformers_model_and_its_config(tied: bool, tmp_path: Path) -> None
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_two_weights_are_not_loaded_into_one(tmp_path: Path) -> None:
+    """A model that ties what the file holds apart would take the last of them for both, and say nothing."""
+    pytest.importorskip("transformers")
+    model = llama()
+    hf_lowprec.export_pretrained(model, tmp_path, format="exmy:e3m2")
+    refuses(llama(tie_word_embeddings=True), tmp_path, r"embed_tokens.weight .*are two weights, .*tie_word_embeddings")
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+    hf_lowprec.export_pretrained(model, tmp_path, format="exmy:e3m2")
+    hf_lowprec.load_exported(llama(tie_word_embeddings=True), tmp_path)  # two of the same values are one
+
+
+def test_not_a_number_stays_where_nothing_is_packed(tmp_path: Path) -> None:
+    model = odd()
+    model[1].weight.data[3] = float("nan")
+    hf_lowprec.export_pretrained(model, tmp_path, format="exmy:e3m1")
+    stock = odd()
+    hf_lowprec.load_exported(stock, tmp_path)
+    assert same_bits(stock[1].weight.detach(), model[1].weight.detach())
+
+
 def test_conv1d_has_an_exponent_per_output_feature(tmp_path: Path) -> None:
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     model, stock = (nn.Sequential(pytorch_utils.Conv1D(24, 40)) for _ in range(2))
