@@ -36,6 +36,7 @@ from hf_lowprec.kernels.triton.formats import (
     plain,
     signed_codes,
 )
+from hf_lowprec.kernels.triton.launch import on_its_device
 from hf_lowprec.kernels.triton.quantize import random_words
 from hf_lowprec.numerics.codes import random_bits
 from hf_lowprec.numerics.rounding import magic_fits
@@ -298,6 +299,7 @@ def takes(x: Tensor, plan: AnyPlan, fixed: bool, seed: Tensor | None) -> bool:
     return plan.quant.rounding.mode != "stochastic" or seed is not None
 
 
+@on_its_device
 def quantize(
     x: Tensor,
     plan: AnyPlan,
