@@ -75,7 +75,8 @@ def export_pretrained(
         modules_to_not_convert: as for `convert`. Embeddings, heads, norms and biases keep their dtype in any case.
 
     Raises:
-        ExportError: another format, no linear to pack, a weight that is not finite, sharded, or on the meta device.
+        ExportError: another format, no linear to pack, a weight that is not finite, sharded, or on the meta device; a
+            folder that cannot be made.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
@@ -109,7 +110,10 @@ def export_pretrained(
         }  # fmt: skip
     header["crc32"] = {key: _crc(value) for key, value in tensors.items()}
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"no folder can be made at {target}: {error.strerror}") from None
     for name in ("config", "generation_config"):
         save = getattr(getattr(model, name, None), "save_pretrained", None)
         if save is not None:

@@ -253,9 +253,13 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         assert not (tmp_path / "new").exists()
 
     fails(odd(), "what can be exported so far is exmy:e<X>m<Y>", "gguf")
+    fails(odd(), "what can be exported so far is exmy:e<X>m<Y>", None)  # type: ignore[arg-type]
     fails(odd(), "eXmY has 2 to 9", "exmy:e7m7")
     fails(nn.LayerNorm(4), "no linear to pack")
     fails(odd().to("meta"), "is on the meta device")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"no folder can be made at .*file: File exists"):
+        hf_lowprec.export_pretrained(odd(), tmp_path / "file", format="exmy:e3m1")
     bad = odd()
     bad[0].weight.data[3, 4] = float("nan")
     fails(bad, "0.weight holds NaN or Inf")
