@@ -76,7 +76,8 @@ def export_pretrained(
         modules_to_not_convert: as for `convert`. Embeddings, heads, norms and biases keep their dtype in any case.
 
     Raises:
-        ExportError: another format, no linear to pack, a weight that is not finite, sharded, or on the meta device.
+        ExportError: another format, no linear to pack, a weight that is not finite, sharded, or on the meta device; a
+            folder that cannot be made.
         ImportError: safetensors is not installed.
     """
     files.require()
@@ -90,9 +91,8 @@ def export_pretrained(
     before = 0
     for key, value in model.state_dict().items():
         value = _plain(key, value)
-        same = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if value.numel() and known.setdefault(same, key) != key:
-            header["tied"][key] = known[same]
+        if value.numel() and (first := known.setdefault(_memory(value), key)) != key:
+            header["tied"][key] = first
             continue
         before += value.nbytes
         if key not in linears:
@@ -111,7 +111,10 @@ def export_pretrained(
         }  # fmt: skip
     header["crc32"] = {key: _crc(value) for key, value in tensors.items()}
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"no folder can be made at {target}: {error.strerror}") from None
     for name in ("config", "generation_config"):
         save = getattr(getattr(model, name, None), "save_pretrained", None)
         if save is not None:
@@ -128,7 +131,8 @@ def load_exported(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     model of another dtype takes them if it holds them exactly (float32 does).
 
     Raises ExportError, before anything changes: no such file, damaged, truncated, written by somebody else or by a
-    newer version; names, shapes or dtypes that are not the model's; a model without memory (the meta device).
+    newer version; names, shapes or dtypes that are not the model's; two weights that the model has in one memory
+    (tied) and the file does not; a model without memory (the meta device).
     """
     state = read_exported(folder)
     model = unwrapped(model)
@@ -136,6 +140,7 @@ def load_exported(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     missing, extra = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
     if missing or extra:
         raise ExportError(f"{folder}: weights of another model: missing {missing[:3]}, unexpected {extra[:3]}")
+    tied: dict[tuple[Any, ...], str] = {}
     for key, value in state.items():
         own = mine[key]
         if own.shape != value.shape:
@@ -146,6 +151,14 @@ def load_exported(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise ExportError(
                 f"{folder}: {key} is {value.dtype}, which {own.dtype} does not hold exactly: build the model in "
                 f"{value.dtype}"
+            )
+        first = tied.setdefault(_memory(own), key) if own.numel() else key
+        other = state[first]
+        if value is not other and not torch.equal(value.to(own.dtype), other.to(own.dtype)):
+            # The last one to be copied would be both.
+            raise ExportError(
+                f"{folder}: {first} and {key} are two weights, the model has one for both: build it from the config "
+                "that was exported with them (tie_word_embeddings)"
             )
     model.load_state_dict(state)
     invalidate(model)
@@ -209,7 +222,7 @@ def _crc(value: Tensor) -> int:
 def _policy(text: str) -> tuple[Quant, str]:
     """The policy of a format's name, and its canonical spelling."""
     try:
-        if text.lower().startswith(PREFIX):
+        if isinstance(text, str) and text.lower().startswith(PREFIX):
             name = text.lower()
             return aligned(name), exmy_recipe(name).name
     except RecipeError as error:
@@ -236,6 +249,11 @@ def _plain(key: str, value: Any) -> Tensor:
     if value.is_meta:
         raise ExportError(f"{key} is on the meta device: load the weights first")
     return value.detach()
+
+
+def _memory(value: Tensor) -> tuple[Any, ...]:
+    """What tensors that are one have in common."""
+    return value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 def _add(tensors: dict[str, Tensor], key: str, value: Tensor) -> None:

@@ -100,6 +100,26 @@ def test_a_transformers_model_and_its_config(tied: bool, tmp_path: Path) -> None
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_two_weights_are_not_loaded_into_one(tmp_path: Path) -> None:
+    """A model that ties what the file holds apart would take the last of them for both, and say nothing."""
+    pytest.importorskip("transformers")
+    model = llama()
+    hf_lowprec.export_pretrained(model, tmp_path, format="exmy:e3m2")
+    refuses(llama(tie_word_embeddings=True), tmp_path, r"embed_tokens.weight .*are two weights, .*tie_word_embeddings")
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+    hf_lowprec.export_pretrained(model, tmp_path, format="exmy:e3m2")
+    hf_lowprec.load_exported(llama(tie_word_embeddings=True), tmp_path)  # two of the same values are one
+
+
+def test_not_a_number_stays_where_nothing_is_packed(tmp_path: Path) -> None:
+    model = odd()
+    model[1].weight.data[3] = float("nan")
+    hf_lowprec.export_pretrained(model, tmp_path, format="exmy:e3m1")
+    stock = odd()
+    hf_lowprec.load_exported(stock, tmp_path)
+    assert same_bits(stock[1].weight.detach(), model[1].weight.detach())
+
+
 def test_conv1d_has_an_exponent_per_output_feature(tmp_path: Path) -> None:
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     model, stock = (nn.Sequential(pytorch_utils.Conv1D(24, 40)) for _ in range(2))
@@ -233,9 +253,13 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         assert not (tmp_path / "new").exists()
 
     fails(odd(), "what can be exported so far is exmy:e<X>m<Y>", "gguf")
+    fails(odd(), "what can be exported so far is exmy:e<X>m<Y>", None)  # type: ignore[arg-type]
     fails(odd(), "eXmY has 2 to 9", "exmy:e7m7")
     fails(nn.LayerNorm(4), "no linear to pack")
     fails(odd().to("meta"), "is on the meta device")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"no folder can be made at .*file: File exists"):
+        hf_lowprec.export_pretrained(odd(), tmp_path / "file", format="exmy:e3m1")
     bad = odd()
     bad[0].weight.data[3, 4] = float("nan")
     fails(bad, "0.weight holds NaN or Inf")

@@ -3,7 +3,7 @@
 
 Accelerator's own methods do the work wherever they look for `self.scaler`: `backward` scales, the wrapped optimizer
 unscales, skips and updates, `save_state` (and the Trainer) save it. `unscale_gradients`, through which clipping goes,
-asks for mixed_precision='fp16' instead; for other bases it gets one of ours.
+asks for mixed_precision='fp16' on an accelerator instead; for other bases, and on a CPU, it gets one of ours.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ def scale_loss(accelerator: Any, model: nn.Module, recipe: Recipe, engine: str) 
             "Accelerator per loss scale"
         )
     report = report_of(model)
-    if accelerator.mixed_precision == "fp16" and policy == LossScale(method="dynamic"):
+    fsdp2 = engine == "FSDP" and accelerator.is_fsdp2  # whose DTensors torch's scaler agrees on over all ranks
+    mine = engine in _ENGINES or fsdp2
+    # On a CPU accelerate takes 'fp16' for float32, and neither scales nor unscales.
+    theirs = accelerator.mixed_precision == "fp16" and (accelerator.native_amp or not mine)
+    if theirs and policy == LossScale(method="dynamic"):
         if report is not None:
             report.loss_scale = "dynamic, accelerate's own"  # GradScalerKwargs and DeepSpeed's config count
         return
-    fsdp2 = engine == "FSDP" and accelerator.is_fsdp2  # whose DTensors torch's scaler agrees on over all ranks
-    if engine not in _ENGINES and not fsdp2:
+    if not mine:
         raise ConversionError(
             f"recipe {recipe.name!r}: its {policy.method} loss scale is not available under {engine}; train with DDP "
             "or FSDP2, or set it in DeepSpeed's config (fp16.loss_scale) and use recipe 'fp16'"
@@ -55,7 +58,7 @@ def scale_loss(accelerator: Any, model: nn.Module, recipe: Recipe, engine: str) 
     check_parameters(model)
     accelerator.scaler = make_scaler(policy, accelerator.device.type)
     setattr(accelerator, _POLICY, policy)
-    if accelerator.mixed_precision != "fp16":
+    if not theirs:
         accelerator.unscale_gradients = _Unscale(accelerator)
     if report is not None:
         report.loss_scale = f"{policy.method} {policy.init:g}"

@@ -71,8 +71,10 @@ def _pad(x: Tensor, axis: int, multiple: int) -> Tensor:
     if not missing:
         return x
     shape = list(x.shape)
-    shape[axis] = missing
-    return torch.cat([x, x.new_zeros(shape)], axis)
+    shape[axis] += missing
+    out = x.new_zeros(shape)  # not by torch.cat, which autocast on a CPU refuses for float16 and float64
+    out.narrow(axis, 0, x.shape[axis]).copy_(x)
+    return out
 
 
 def scale_shape(shape: tuple[int, ...], scaling: Scaling, reduction_axis: int = -1) -> tuple[int, ...]:

@@ -118,7 +118,8 @@ def make_master(param: Tensor, slot: Slot, shard: Shard | None = None) -> dict[s
         return {"master_residual": torch.zeros(param.shape, dtype=dtype, device=param.device)}
     if isinstance(slot, Quant):
         return pack("master", slot, param.detach(), shard=shard, copy=True)
-    return {"master": param.detach().to(torch.float32, memory_format=torch.contiguous_format)}
+    # A copy: beside `states.weight` a float32 Parameter has a master, too.
+    return {"master": param.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)}
 
 
 def state_bytes(

@@ -67,12 +67,14 @@ def vector(model: nn.Module) -> torch.Tensor:
 # --- accelerate ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["no", "bf16"])
+@pytest.mark.parametrize("base", ["no", "bf16", "fp16"])
 def test_clipping_sees_unscaled_gradients(tmp_path, base):
     results = []
     for number, policy in enumerate((LossScale(), STATIC)):
         AcceleratorState._reset_state(True)
-        recipe = recipe_file(tmp_path, Recipe(name=f"mine{number}", base=base, loss_scale=policy))
+        # On a CPU accelerate takes fp16 for float32, whose gradients have to be unscaled all the same.
+        here = "no" if base == "fp16" and policy == LossScale() else base
+        recipe = recipe_file(tmp_path, Recipe(name=f"mine{number}", base=here, loss_scale=policy))
         accelerator, model, optimizer = prepared(recipe)
         assert (accelerator.scaler is None) == (policy == LossScale())
         norms = train(accelerator, model, optimizer, 3, clip=0.5)
@@ -80,6 +82,15 @@ def test_clipping_sees_unscaled_gradients(tmp_path, base):
     assert all(norm > 0.5 for norm in results[0][0]), "they are clipped"
     torch.testing.assert_close(results[1][0], results[0][0], rtol=2e-2 if base == "bf16" else 1e-4, atol=0)
     assert (results[1][1] - results[0][1]).abs().mean() < 1e-4
+
+
+def test_a_dynamic_scale_for_fp16_is_at_work_on_a_cpu_too(tmp_path):
+    """accelerate's own is not, and the report must not say that it were."""
+    dynamic = LossScale(method="dynamic")
+    accelerator, model, optimizer = prepared(recipe_file(tmp_path, mine(base="fp16", loss_scale=dynamic)))
+    assert accelerator.scaler.get_scale() == 65536.0
+    assert "loss scale dynamic 65536" in session_of(model).report.summary()
+    assert train(accelerator, model, optimizer, 1, clip=0.5)[0] < 100
 
 
 def test_without_clipping_it_is_unscaled_too(tmp_path):

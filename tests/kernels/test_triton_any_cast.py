@@ -216,6 +216,15 @@ def test_operators_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels._plan(quant_key(Quant(format="e4m3fn"))) is not None
 
 
+def test_one_sample_is_no_constant() -> None:
+    """A 1 that the JIT specialises on has no `.to`: counting what a cast does to one element would not compile."""
+    pytest.importorskip("triton")
+    from hf_lowprec.kernels.triton import any_cast
+
+    special = {p.name: not p.do_not_specialize for p in any_cast._count_kernel.params if not p.is_constexpr}
+    assert not special["samples"] and not special["sample_stride"]
+
+
 def compile_for_h100() -> list[str]:
     import triton
     from triton.backends.compiler import GPUTarget

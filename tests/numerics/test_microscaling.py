@@ -269,3 +269,12 @@ def test_sqnr_of_gaussian_blocks(name: str) -> None:
         error = (quantize_dequantize(x, mx(name, snap)) - x).double().square().sum(1)
         found = (10 * torch.log10(x.double().square().sum(1) / error)).mean()
         assert float(found) == pytest.approx(wanted, abs=0.05), snap
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_short_blocks_under_autocast(dtype: torch.dtype) -> None:
+    """A block that is filled up is no business of autocast, which on a CPU concatenates no float16 and no float64."""
+    x = torch.randn(5, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = quantize_dequantize(x, mx("e4m3fn"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantize_dequantize(x, mx("e4m3fn")), wanted)

@@ -26,7 +26,11 @@ from hf_lowprec.presets.fp8 import FP8_LM_O3_STATES, FP8_LM_STATES
 from hf_lowprec.presets.narrow import HFP8_STATES
 from hf_lowprec.recipe import NONE, Quant, Residual, Rounding, RoundOff, Scaling, States
 
-KINDS = {"o3": FP8_LM_O3_STATES, "hfp8": HFP8_STATES}
+KINDS = {
+    "o3": FP8_LM_O3_STATES,
+    "hfp8": HFP8_STATES,
+    "o3-float32": replace(FP8_LM_O3_STATES, master="float32"),
+}
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(64, 65), (7, 13), (40, 128)]
 F = np.float32

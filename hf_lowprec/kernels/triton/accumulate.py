@@ -35,6 +35,7 @@ from hf_lowprec.kernels.triton.formats import (
     mix,
     mode_of,
 )
+from hf_lowprec.kernels.triton.launch import on_its_device
 from hf_lowprec.numerics.codes import random_bits
 from hf_lowprec.numerics.rounding import magic_fits
 from hf_lowprec.recipe import Accumulation, Rounding
@@ -160,6 +161,7 @@ def _sums_kernel(
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 
+@on_its_device
 def accumulate(
     a: Tensor,
     a_format: str,

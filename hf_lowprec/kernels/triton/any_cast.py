@@ -36,6 +36,7 @@ from hf_lowprec.kernels.triton.formats import (
     plain,
     signed_codes,
 )
+from hf_lowprec.kernels.triton.launch import on_its_device
 from hf_lowprec.kernels.triton.quantize import random_words
 from hf_lowprec.numerics.codes import random_bits
 from hf_lowprec.numerics.rounding import magic_fits
@@ -150,7 +151,8 @@ def _amax_kernel(x_ptr, partial_ptr, n, per_program, GROUP: tl.constexpr, BLOCK:
     tl.store(partial_ptr + tl.program_id(0), tl.max(largest, 0))
 
 
-@triton.jit
+# `count_sample` takes no constant for `samples`, which the JIT makes of a 1: of a tensor of one element.
+@triton.jit(do_not_specialize=["samples", "sample_stride"])
 def _count_kernel(x_ptr, counts_ptr, scale_ptr, samples, sample_stride, LARGEST: tl.constexpr, HALF_TINY: tl.constexpr,
                   E8M0: tl.constexpr, SAMPLES: tl.constexpr):  # fmt: skip
     scale = tl.load(scale_ptr)
@@ -298,6 +300,7 @@ def takes(x: Tensor, plan: AnyPlan, fixed: bool, seed: Tensor | None) -> bool:
     return plan.quant.rounding.mode != "stochastic" or seed is not None
 
 
+@on_its_device
 def quantize(
     x: Tensor,
     plan: AnyPlan,

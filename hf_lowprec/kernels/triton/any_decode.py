@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowprec.kernels.triton.formats import Constants, covered, decoded, plain
+from hf_lowprec.kernels.triton.launch import on_its_device
 from hf_lowprec.recipe import Quant
 
 _TENSOR, _ROW, _BLOCK = 0, 1, 2
@@ -60,6 +61,7 @@ def decodes(quant: Quant) -> bool:
     )
 
 
+@on_its_device
 def decode(qdata: Tensor, scale: Tensor | None, quant: Quant) -> Tensor:
     """float32 [R, K], contiguous, of codes [R, K]; times their scale (of `numerics.scale_shape`) unless it is None.
 

@@ -8,15 +8,38 @@ what is left to the caller is to say when a compiled kernel fits, by a key.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 
 # Whose compiled kernels take their arguments as below; of any other version the public way is used.
 _KNOWN = triton.__version__.startswith("3.6.")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """For functions that launch by `kernel[grid]`: on the device of their first argument.
+
+    Unlike torch's operators, Triton launches on the current device, whatever device the tensors are on: with layers
+    on several GPUs (`device_map="auto"`) the kernel would run on another GPU's stream, before its input is there.
+    """
+
+    @wraps(function)
+    def launch(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        device = x.get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            return function(x, *args, **kwargs)
+        with torch.cuda.device(device):
+            return function(x, *args, **kwargs)
+
+    return launch
 
 
 class Launcher:
@@ -39,8 +62,8 @@ class Launcher:
     def __call__(
         self, key: Hashable, device: int, grid: tuple[int, int, int], args: tuple[Any, ...], **options: int
     ) -> None:
-        """Launch on the device of that index, on its current stream; args in the order of the kernel, all of them."""
-        # Unlike torch's operators, Triton launches on the current device, whatever device the tensors are on.
+        """Launch on the device of that index (as `on_its_device`), on its current stream; args in the order of the
+        kernel, all of them."""
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(key, device, grid, args, **options)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_lowprec.formats import Codebook, Format, get_format
+from hf_lowprec.kernels.triton.launch import on_its_device
 from hf_lowprec.numerics.codes import F32, carrier_of, random_bits
 from hf_lowprec.numerics.rounding import NEAREST, check
 from hf_lowprec.recipe import Rounding
@@ -151,6 +152,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((), 0 if seed is None else seed, dtype=torch.int64, device=device)
 
 
+@on_its_device
 def round_to_format(
     x: Tensor, fmt: str | Format | Codebook, rounding: Rounding = NEAREST, *, seed: int | Tensor | None = None
 ) -> Tensor:
@@ -172,6 +174,7 @@ def round_to_format(
     return out
 
 
+@on_its_device
 def encode(
     x: Tensor,
     fmt: str | Format | Codebook,
