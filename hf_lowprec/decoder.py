@@ -91,7 +91,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     inside = {
         name for name, _ in model.named_modules() if not prefix or name == prefix or name.startswith(prefix + ".")
     }
-    linears = {n: m for n, m in model.named_modules() if n in inside and is_linear(m) and not _adapts(n)}
+    linears = {n: m for n, m in model.named_modules() if n in inside and is_linear(m) and not adapts(n)}
     experts = next((n for n, p in part.named_parameters() if p.dim() == 3), None)
     if experts is not None:
         raise NoDecoder(f"{experts} holds the weights of several experts in one tensor")
@@ -132,7 +132,7 @@ def _language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     raise NoDecoder(f"{type(model).__name__} has no language-model head (get_output_embeddings)")
 
 
-def _adapts(name: str) -> bool:
+def adapts(name: str) -> bool:
     return any(part.startswith(("lora_", "modules_to_save")) for part in name.split("."))
 
 
@@ -342,5 +342,5 @@ def parts(found: Decoder) -> Iterator[tuple[str, Branch | None]]:
     yield found.head, None
 
 
-__all__ = ["Branch", "Decoder", "NoDecoder", "find_decoder", "in_features", "is_linear", "original_class",
+__all__ = ["Branch", "Decoder", "NoDecoder", "adapts", "find_decoder", "in_features", "is_linear", "original_class",
            "out_features", "parts"]  # fmt: skip
