@@ -248,6 +248,19 @@ def test_shards_of_fsdp2_step_as_whole_weights() -> None:
     assert run.stdout.split() == ["same", "21"]
 
 
+def test_native_decay_under_a_warmup_by_hand_that_begins_at_zero() -> None:
+    recipe = unquantised("u-mup", learning_rate="native")
+    model, optimizer, _ = fresh(recipe, lr=0.0, weight_decay=0.5)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    for lr, shrunk in ((0.0, 0.0), (1e-2, 0.5), (5e-3, 0.25)):
+        optimizer.param_groups[0]["lr"] = lr
+        before = weight.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert torch.allclose(weight, before * (1 - shrunk), rtol=1e-5, atol=0)
+
+
 RANKS = """
 import sys
 from datetime import timedelta
