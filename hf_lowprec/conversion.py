@@ -221,8 +221,8 @@ def revert(model: nn.Module) -> None:
             _restore(module)
         if session.has_rates and session.transform is not None and not session.transform.unknown:
             warnings.warn(
-                "the weights stay at unit scale, and from now on optimizers step all of them by one learning rate, which "
-                "fits none: to train on, keep the model converted, or make it anew",
+                "the weights stay at unit scale, and from now on optimizers step all of them by one learning rate, "
+                "which fits none: to train on, keep the model converted, or make it anew",
                 stacklevel=2,
             )
         session.end()
