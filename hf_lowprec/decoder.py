@@ -119,6 +119,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def _language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     """The part of `model` that has an output embedding, and that embedding."""
+    other = ""
     for part in model.modules():
         getter = getattr(type(part), "get_output_embeddings", None)
         if getter is None or not hasattr(part, "config") or not hasattr(type(part), "main_input_name"):
@@ -129,7 +130,8 @@ def _language_model(model: nn.Module) -> tuple[nn.Module, Any]:
             continue
         if head is not None and is_linear(head):
             return part, head
-    raise NoDecoder(f"{type(model).__name__} has no language-model head (get_output_embeddings)")
+        other = other or ("" if head is None else f" that is a linear, but a {type(head).__name__}")
+    raise NoDecoder(f"{type(model).__name__} has no language-model head (get_output_embeddings){other}")
 
 
 def adapts(name: str) -> bool:

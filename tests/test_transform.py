@@ -277,6 +277,13 @@ def test_linears_beside_the_decoder_are_left_alone(name: str) -> None:
     assert len(session_of(model).scaling.layers) == (14 if name == "unit-scaling" else 10)
 
 
+def test_a_wrapped_head_is_named() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ConversionError, match=r"no language-model head .*a linear, but a ModulesToSaveWrapper"):
+        hf_lowprec.convert(peft.get_peft_model(decoder("llama"), config), "u-mup")
+
+
 def test_init_can_be_asked_for_and_refused() -> None:
     fresh, loaded = decoder("llama"), trained("llama")
     before = fresh.lm_head.weight.detach().clone()
