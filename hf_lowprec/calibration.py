@@ -70,8 +70,9 @@ def calibrate(
     Returns: the report; `report.formats` has every layer's formats, its summary how often each was chosen.
 
     Raises:
-        CalibrationError: no batches; a layer that no batch reached, or whose input is not finite; another recipe than
-            the model is converted with, or one that has no ranges to find.
+        CalibrationError: no batches; a layer that no batch reached, or whose input or weight is not finite; another
+            recipe than the model is converted with, or one that has no ranges to find.
+        TypeError: `data` is one batch, or nothing that can be iterated.
         RecipeError, ConversionError: as `convert`.
         ValueError: no such estimator or percentile.
     """
@@ -79,6 +80,7 @@ def calibrate(
         raise ValueError(f"estimator: one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     if not 0.0 < percentile <= 100.0:
         raise ValueError(f"percentile: above 0, at most 100, got {percentile}")
+    check_data(data)
     existing = session_of(model)
     chosen = _recipe_for(existing, recipe)
     report = existing.report if existing is not None else convert(
@@ -88,7 +90,7 @@ def calibrate(
     assert session is not None
     try:
         histograms, batches = _observe(model, session, data, forward or run_batch, weigh=estimator == "output")
-        _check(histograms, batches)
+        _check(histograms, session.weights(), batches)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             _merge(histograms)
     except BaseException:
@@ -183,9 +185,21 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _check(histograms: dict[str, Histogram], batches: int) -> None:
+def check_data(data: object) -> None:
+    """Raises TypeError for what is no sequence of batches, such as one batch."""
+    iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")  # the latter: torch's Dataset
+    if not iterable or isinstance(data, Mapping | Tensor | str):
+        raise TypeError(
+            f"data: batches, such as a DataLoader, not one {type(data).__name__}: [batch] is a list of one"
+        )
+
+
+def _check(histograms: dict[str, Histogram], weights: Mapping[str, Tensor], batches: int) -> None:
     if not batches:
         raise CalibrationError("no data: calibrate needs at least one batch")
+    damaged = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+    if damaged:
+        raise CalibrationError(f"the weight of {damaged[0]} holds Inf or NaN: there is no range for it")
     broken = [name for name, histogram in histograms.items() if bool(histogram.nonfinite)]
     if broken:
         raise CalibrationError(f"the input of {broken[0]} holds Inf or NaN: the model does not compute on this data")

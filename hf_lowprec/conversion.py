@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,6 +205,9 @@ def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
 def revert(model: nn.Module) -> None:
     """Undo `convert`: the original classes, no state left. Weights are untouched; a model never converted is fine.
 
+    Of a fresh model that was brought to unit scale the weights stay there, but their learning rates are gone, and
+    converting it again takes it for a loaded model; a warning says so.
+
     Raises ConversionError: `model` is a part of what was converted together.
     """
     session = session_of(model)
@@ -215,6 +219,12 @@ def revert(model: nn.Module) -> None:
             raise ConversionError(f"this is a part of a converted model, without {left[0]!r}: revert the whole model")
         for module in {*session.root.modules(), *model.modules()}:
             _restore(module)
+        if session.has_rates and session.transform is not None and not session.transform.unknown:
+            warnings.warn(
+                "the weights stay at unit scale, and from now on optimizers step all of them by one learning rate, "
+                "which fits none: to train on, keep the model converted, or make it anew",
+                stacklevel=2,
+            )
         session.end()
     _release_orphans(model)
 

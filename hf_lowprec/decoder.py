@@ -91,7 +91,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     inside = {
         name for name, _ in model.named_modules() if not prefix or name == prefix or name.startswith(prefix + ".")
     }
-    linears = {n: m for n, m in model.named_modules() if n in inside and is_linear(m) and not _adapts(n)}
+    linears = {n: m for n, m in model.named_modules() if n in inside and is_linear(m) and not adapts(n)}
     experts = next((n for n, p in part.named_parameters() if p.dim() == 3), None)
     if experts is not None:
         raise NoDecoder(f"{experts} holds the weights of several experts in one tensor")
@@ -119,6 +119,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def _language_model(model: nn.Module) -> tuple[nn.Module, Any]:
     """The part of `model` that has an output embedding, and that embedding."""
+    other = ""
     for part in model.modules():
         getter = getattr(type(part), "get_output_embeddings", None)
         if getter is None or not hasattr(part, "config") or not hasattr(type(part), "main_input_name"):
@@ -129,10 +130,11 @@ def _language_model(model: nn.Module) -> tuple[nn.Module, Any]:
             continue
         if head is not None and is_linear(head):
             return part, head
-    raise NoDecoder(f"{type(model).__name__} has no language-model head (get_output_embeddings)")
+        other = other or ("" if head is None else f" that is a linear, but a {type(head).__name__}")
+    raise NoDecoder(f"{type(model).__name__} has no language-model head (get_output_embeddings){other}")
 
 
-def _adapts(name: str) -> bool:
+def adapts(name: str) -> bool:
     return any(part.startswith(("lora_", "modules_to_save")) for part in name.split("."))
 
 
@@ -342,5 +344,5 @@ def parts(found: Decoder) -> Iterator[tuple[str, Branch | None]]:
     yield found.head, None
 
 
-__all__ = ["Branch", "Decoder", "NoDecoder", "find_decoder", "in_features", "is_linear", "original_class",
+__all__ = ["Branch", "Decoder", "NoDecoder", "adapts", "find_decoder", "in_features", "is_linear", "original_class",
            "out_features", "parts"]  # fmt: skip

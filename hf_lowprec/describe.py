@@ -166,9 +166,10 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _weight_cache_words(recipe: Recipe) -> str:
-    """Only a weight that both GEMMs read with one scale for the tensor is kept (`functional.LinearSpec`)."""
+    """Only a weight that both GEMMs read with one scale for the tensor is kept (`functional.LinearSpec`), and no
+    range may train with it (`functional_flexible`)."""
     first, second = recipe.fprop.weight, recipe.dgrad.weight
-    kept = first is not None and first == second and first.scaling.granularity == "tensor"
+    kept = first is not None and first == second and first.scaling.granularity == "tensor" and not recipe.flexible
     return _WEIGHT_CACHE_WORDS[recipe.weight_cache if kept else "none"]
 
 

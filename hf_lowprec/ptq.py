@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowprec import numerics
-from hf_lowprec.calibration import moved, run_batch
+from hf_lowprec.calibration import check_data, moved, run_batch
 from hf_lowprec.conversion import ConversionError, session_of
 from hf_lowprec.formats import Codebook, Format, get_format
 from hf_lowprec.numerics.flexible import format_of, mans_of
@@ -201,8 +201,11 @@ def gpfq_model(
 
     Raises:
         ConversionError: a converted model (quantise first, then convert or calibrate), or nothing to quantise.
-        ValueError: no data, inputs that are not finite, or a Quant that `gpfq` does not take.
+        ValueError: no data, inputs or weights that are not finite, or a Quant that `gpfq` does not take. Inputs that
+            overflow within the model are found where they occur, and the message says that it is changed by then.
+        TypeError: `data` is one batch, or nothing that can be iterated.
     """
+    check_data(data)
     if session_of(model) is not None:
         raise ConversionError(
             "the model is converted: call hf_lowprec.revert(model), quantise its weights, then convert"
@@ -218,6 +221,9 @@ def gpfq_model(
     for layers in linears:
         for module in layers.values():
             _grid(_nk(module, weight_of(module))[:1], quant)  # refused now, not halfway
+    broken = [name for layers in linears for name in layers if not bool(weight_of(layers[name]).isfinite().all())]
+    if broken:
+        raise ValueError(f"the weight of {broken[0]} holds Inf or NaN")
     errors: dict[str, LayerError] = {}
     training = {module: module.training for module in model.modules()}
     config: Any = getattr(model, "config", None)
@@ -235,6 +241,10 @@ def gpfq_model(
                 one = own if whole else [call.of(h) for call, h in zip(own, exact, strict=True)]
                 two = own if whole else [call.of(h) for call, h in zip(own, after, strict=True)]
                 exact, after = _quantize_block(block, layers, one, two, quant, errors, last=block is blocks[-1])
+    except ValueError as error:
+        if not errors:
+            raise
+        raise ValueError(f"{error}; {len(errors)} layers are quantised already: load the model again") from error
     finally:
         if cache is not None:
             config.use_cache = cache

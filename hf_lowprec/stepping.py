@@ -208,7 +208,11 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
 
 def _split_rates(optimizer: torch.optim.Optimizer, followers: list[_Followed]) -> None:
     """A learning rate per weight for models at unit scale, asked for anew: FSDP2 and checkpoints replace both."""
-    sessions = [s for followed in followers if (s := followed.session()) is not None and s.has_rates]
+    sessions = [s for followed in followers if (s := followed.session()) is not None and s.transform is not None]
+    for session in sessions:
+        if session.scaling.distributed and not session.transform.agreed:  # type: ignore[union-attr]
+            session.transform.agree(session.root)  # type: ignore[union-attr]
+    sessions = [session for session in sessions if session.has_rates]
     if sessions:
         factors = {key: factor for session in sessions for key, factor in session.learning_rates().items()}
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

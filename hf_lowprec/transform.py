@@ -30,10 +30,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_lowprec import numerics
-from hf_lowprec.decoder import Branch, Decoder, in_features, out_features
+from hf_lowprec.decoder import Branch, Decoder, adapts, in_features, is_linear, out_features
 from hf_lowprec.modules import LayerState
 from hf_lowprec.numerics import unit
 from hf_lowprec.recipe import Transform
@@ -59,6 +60,7 @@ class UnitScaled:
     fresh: the weights were brought to unit scale. factors: Parameter name -> its learning rate over the optimizer's.
     eta: u-muP's learning rate over the optimizer's. tokens: of a micro-batch, to the nearest power of two.
     gradients: every converted linear, and the constant of its gradient.
+    agreed: the ranks of the job have the first one's factors and constants (`agree`).
     unknown: the weights had no values (meta device): good for a report, and refused by the first forward pass.
     """
 
@@ -69,6 +71,7 @@ class UnitScaled:
     tokens: float = _TOKENS
     gradients: list[tuple[LayerState, float]] = field(default_factory=list, repr=False)
     unknown: bool = False
+    agreed: bool = False
 
     def note_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A hook of the token embedding: gradients of a mean over tokens become smaller with their number.
@@ -98,6 +101,32 @@ class UnitScaled:
         scales = (constants.input, constants.weight, constants.grad_output / self.tokens)
         layer.set_constants([_power_of_two(scale) for scale in scales])
         self.gradients.append((layer, constants.grad_output))
+
+    @torch.no_grad()
+    def agree(self, root: nn.Module) -> None:
+        """Take what the first rank has measured. All ranks call it together, once; waits for the device.
+
+        Ranks without a common seed draw weights of their own. DDP replaces these by the first rank's, but factors and
+        constants were computed from them: replicas would step by other learning rates, and drift apart.
+        """
+        names = [name for name, _ in root.named_parameters()]
+        constants = [layer.operands[i].scale for layer, _ in self.gradients for i in (0, 1)]
+        mine = [float(self.fresh), self.eta, *(self.factors.get(name, math.nan) for name in names)]
+        mine += [*(float(scale) for scale in constants if scale is not None), *(c for _, c in self.gradients)]
+        device = next((s.device for s in constants if s is not None), torch.device("cpu"))
+        shared = torch.tensor(mine, dtype=torch.float64, device=device)
+        dist.broadcast(shared, src=0)
+        self.agreed = True
+        theirs = iter(shared.tolist())
+        self.fresh, self.eta = bool(next(theirs)), next(theirs)
+        self.factors = {name: factor for name in names if not math.isnan(factor := next(theirs))}
+        for scale in constants:
+            if scale is not None:
+                scale.fill_(next(theirs))
+        for layer, _ in self.gradients:
+            layer.weight_cache.drop()  # cast with the constants of before
+        self.gradients = [(layer, next(theirs)) for layer, _ in self.gradients]
+        self.set_gradients()
 
     def watch(self, embedding: nn.Module) -> None:
         """Have the number of tokens noted that `embedding` looks up; `unwatch` ends it, in copies as well."""
@@ -175,7 +204,8 @@ def plan(model: nn.Module, decoder: Decoder, transform: Transform, *, init: bool
     constants = _rms(model, decoder, {**weights, **heads}, gains, _length(model, transform))
     factors, eta = _rates(model, decoder, transform, weights, measured, gain) if fresh else ({}, 1.0)
     in_stream = set(constants)
-    left = {name: BESIDE for name in decoder.linears if name not in in_stream}
+    beside = {name for name, module in model.named_modules() if is_linear(module) and not adapts(name)}
+    left = {name: BESIDE for name in beside if name not in in_stream}
     if transform.critical:
         left.update({branch.end: CRITICAL for branch in decoder.branches})
     steps = [(get(name).weight, factor) for name, factor in rescale.items()]
@@ -187,7 +217,8 @@ def plan(model: nn.Module, decoder: Decoder, transform: Transform, *, init: bool
 
 def is_fresh(model: nn.Module, decoder: Decoder, weights: dict[str, float]) -> bool:
     """Whether nothing has trained these weights: gains are exactly 1, biases exactly 0, and the RMS of every matrix is
-    what the config's `initializer_range` (or that over sqrt(2 layers), GPT-2's for the end of a branch) makes of it.
+    what the config's `initializer_range` (or that over sqrt(2 layers), GPT-2's for the end of a branch) makes of it,
+    but for chance. A large model that was trained for a few steps in bf16 may still pass.
     """
     config = getattr(model, "config", None) or next(m.config for m in model.modules() if hasattr(m, "config"))
     std = getattr(config, "initializer_range", None)
@@ -204,7 +235,10 @@ def is_fresh(model: nn.Module, decoder: Decoder, weights: dict[str, float]) -> b
                 return False
     for name, rms in weights.items():
         numel = model.get_submodule(name).weight.numel()  # type: ignore[operator, union-attr]
-        error = max(6 / math.sqrt(2 * numel), 0.03)  # a row of padding counts, too
+        # By chance, and the rounding of 16 bits, no more: bf16 gains stay at 1 for long in a model that trains. But
+        # rows of padding are zeros, and those that were added are near it.
+        slack = 0.03 if name == decoder.head or name in decoder.embeddings else 1e-3
+        error = max(6 / math.sqrt(2 * numel), slack)
         if all(abs(rms / s - 1) > error for s in (std, std / math.sqrt(len(decoder.branches)))):
             return False
     return True

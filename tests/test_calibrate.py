@@ -220,6 +220,23 @@ def test_what_cannot_be_calibrated_is_left_alone(model: Any, data: Any, options:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("data", [torch.ones(2, 32), {"x": torch.ones(2, 32)}, None, 3])
+def test_one_batch_is_no_data(data: Any) -> None:
+    model = mlp()
+    with pytest.raises(TypeError, match=r"data: batches.*not one \w+: \[batch\] is a list of one"):
+        hf_lowprec.calibrate(model, data)
+    assert recipe_of(model) is None
+
+
+def test_weights_that_are_not_finite_have_no_range() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model.down.weight[0, 0] = torch.nan  # what reads its output is not calibrated
+    with pytest.raises(CalibrationError, match="the weight of down holds Inf or NaN"):
+        hf_lowprec.calibrate(model, [torch.ones(2, 32)])
+    assert recipe_of(model) is None
+
+
 def test_an_error_in_the_model_leaves_it_as_it_was() -> None:
     model = mlp()
     with pytest.raises(RuntimeError):

@@ -153,6 +153,10 @@ def test_explain_says_what_is_kept_of_mlps_and_weights(tmp_path):
     assert len(set(said.values())) == 3 and "2 bytes" in said["both"] and "1 byte" in said["one"]
     assert "gate and up as they are computed" in invoke("explain", "te-current")
     assert "weight casts" not in invoke("explain", "bf16")
+    (tmp_path / "learned.yaml").write_text(Recipe.from_dict({**PRESETS["fp8-flex"].to_dict(), "weight_cache": "both",
+        "fprop": {"input": (o := {"format": "e2m3", "scaling": {"method": "learned"}}), "weight": o},
+        "dgrad": {"weight": o}, "wgrad": {"input": o}}).to_yaml())  # fmt: skip
+    assert "nothing kept" in invoke("explain", str(tmp_path / "learned.yaml")), "its range trains with the weight"
 
 
 def test_words_tell_apart_what_differs():

@@ -253,6 +253,26 @@ def test_ranges_that_are_wrong_are_found_again() -> None:
     assert hf_lowprec.learned_parameters(model) == [flexible.input.maxval, flexible.weight.maxval]
 
 
+@pytest.mark.parametrize("lr", [1.0, None])
+def test_learning_rates_that_are_not_adams(lr: float | None) -> None:
+    """SGD's are too large for ranges; Adafactor's groups have none."""
+    model = mlp()
+    hf_lowprec.convert(model, "fp8-flex")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(batch(4, 32)).square().mean().backward()
+    before = [p.detach().clone() for p in hf_lowprec.learned_parameters(model)]
+    optimizer.param_groups[0]["lr"] = lr
+    session_of(model).ranges.step(optimizer, distributed=False)
+    most = 0.1 if lr else 0.01
+    for layer in (model.up, model.down):
+        for operand in flexible_of(layer).operands.values():
+            old = before.pop(0)
+            octaves = float((operand.maxval.detach() / old).log2().abs().max())
+            assert 0.9 * most < octaves < 1.01 * most
+            old = before.pop(0)
+            assert 0 < float((operand.man.detach() - old).abs()) < 1.01 * most
+
+
 def test_an_optimizer_of_ones_own_has_them_alone() -> None:
     model = mlp()
     hf_lowprec.convert(model, "fp8-flex")

@@ -172,7 +172,22 @@ def test_models_that_are_refused() -> None:
         ptq.gpfq_model(nn.Sequential(nn.LayerNorm(4)), [torch.ones(2, 4)], MXFP4)
     with pytest.raises(ValueError, match="method 'delayed'"):
         ptq.gpfq_model(model, [batch(4, 32)], Quant(format="e4m3fn", scaling=Scaling(method="delayed")))
+    with pytest.raises(TypeError, match=r"\[batch\] is a list of one"):
+        ptq.gpfq_model(model, batch(4, 32), MXFP4)
+    with torch.no_grad():
+        model.down.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the weight of down holds Inf or NaN"):
+        ptq.gpfq_model(model, [batch(4, 32)], MXFP4)
     assert torch.equal(model.up.weight, mlp().up.weight)
     hf_lowprec.convert(model, "fp8-flex")
     with pytest.raises(ConversionError, match=r"the model is converted: call hf_lowprec.revert"):
         ptq.gpfq_model(model, [batch(4, 32)], MXFP4)
+
+
+def test_an_error_halfway_says_what_has_changed() -> None:
+    """The second layer's input overflows: the first is quantised by then."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight.fill_(3e38)
+    with pytest.raises(ValueError, match=r"Inf or NaN; 1 layers are quantised already: load the model again"):
+        ptq.gpfq_model(model, [torch.full((4, 32), 10.0)], E4M3)

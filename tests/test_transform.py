@@ -236,6 +236,54 @@ def test_what_counts_as_fresh(kind: str) -> None:
     assert not fresh(trained(kind, steps=1))
 
 
+def test_large_weights_are_fresh_within_chance() -> None:
+    """Gains of bf16 models stay at 1 for hundreds of steps, so the matrices have to tell."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
+        pad_token_id=0,
+    )  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(dtype)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:8] = 0  # padding is no training
+        copied = copy.deepcopy(model)
+        assert hf_lowprec.convert(model, "u-mup").transform.startswith("fresh")
+        with torch.no_grad():
+            copied.model.layers[0].mlp.down_proj.weight.mul_(1.025)
+        assert hf_lowprec.convert(copied, "u-mup").transform.startswith("loaded")
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_linears_beside_the_decoder_are_left_alone(name: str) -> None:
+    """A value head, a vision tower: no constant is known for them."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm = decoder("llama")
+            self.tower = nn.Linear(64, 64)
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.lm(**inputs)
+
+    model = Beside()
+    report = hf_lowprec.convert(model, name)
+    assert type(model.tower) is nn.Linear and "no part of the residual stream" in str(report)
+    (ids,) = text(1, length=16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert len(session_of(model).scaling.layers) == (14 if name == "unit-scaling" else 10)
+
+
+def test_a_wrapped_head_is_named() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ConversionError, match=r"no language-model head .*a linear, but a ModulesToSaveWrapper"):
+        hf_lowprec.convert(peft.get_peft_model(decoder("llama"), config), "u-mup")
+
+
 def test_init_can_be_asked_for_and_refused() -> None:
     fresh, loaded = decoder("llama"), trained("llama")
     before = fresh.lm_head.weight.detach().clone()
@@ -328,7 +376,8 @@ def test_generates_and_is_reverted(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()  # by a transformers that knows nothing of us
     torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
-    hf_lowprec.revert(model)
+    with pytest.warns(UserWarning, match="the weights stay at unit scale"):
+        hf_lowprec.revert(model)
     assert all(type(module).__module__.partition(".")[0] != "hf_lowprec" for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
     torch.testing.assert_close(model(input_ids=ids).logits, expected)

@@ -74,7 +74,7 @@ def adopt(
 def _check_stable(optimizer: Optimizer, decoupled: bool) -> None:
     """Raises ValueError where the hyperparameters would mean something else to StableAdamW."""
     for group in optimizer.param_groups:
-        if group["weight_decay"] and not decoupled:
+        if group["weight_decay"] and not group.get("decoupled_weight_decay", decoupled):
             raise ValueError(
                 "StableAdamW decays weights apart from the gradient, this torch.optim.Adam adds weight_decay="
                 f"{group['weight_decay']} to it: use torch.optim.AdamW, or weight_decay=0"

@@ -12,7 +12,9 @@ learning rate of the optimizer's first group:
 
 A range is stepped by its logarithm, because ranges of weights and of inputs are orders of magnitude apart and no range
 may become negative. Parameters that the script has put into an optimizer of its own (`hf_lowprec.learned_parameters`)
-are stepped by that one alone. A gradient that is not finite leaves its element where it is.
+are stepped by that one alone. A gradient that is not finite leaves its element where it is. One step changes a range
+by no more than 0.1 octaves and a width by no more than 0.1 bits, since SGD's learning rates are not Adam's; where the
+first group has none of its own (Adafactor's relative steps) it counts as 1e-3.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 RATIO = 10.0
+_MOST = 0.1
+_LR = 1e-3
 _BETAS = (0.9, 0.999)
 _EPS = 1e-12  # gradients of a mean loss by a logarithm may be as small as 1e-9
 _LN2 = math.log(2.0)
@@ -69,7 +73,8 @@ class RangeTrainer:
         elif all(p.grad is None for p, _ in self.parameters):
             return  # a step of another model's optimizer, or two optimizers of one model
         theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        lr = optimizer.param_groups[0]["lr"]
+        lr = optimizer.param_groups[0].get("lr")
+        lr = _LR if lr is None else lr
         self.step_count += 1
         mine = [i for i, (p, _) in enumerate(self.parameters) if p.grad is not None and id(p) not in theirs]
         for is_range in (True, False):
@@ -95,7 +100,8 @@ class RangeTrainer:
         second = torch.lerp(grad.square(), second, _BETAS[1])
         count = int(self.step_count)  # lives on the CPU
         size = (second / (1.0 - _BETAS[1] ** count)).sqrt() + _EPS
-        change = torch.where(usable, RATIO * lr * (first / (1.0 - _BETAS[0] ** count)) / size, 0.0)
+        change = (RATIO * lr * (first / (1.0 - _BETAS[0] ** count)) / size).clamp(-_MOST, _MOST)
+        change = torch.where(usable, change, 0.0)
         value = value * torch.exp2(-change) if is_range else value - change
         targets: list[list[Tensor]] = [[*parameters], *([self._moments[i][k] for i in chosen] for k in (0, 1))]
         for tensors, new in zip(targets, (value, first, second), strict=True):

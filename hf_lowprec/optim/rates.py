@@ -43,7 +43,7 @@ class _Part:
 
     def __init__(self, group: dict[str, Any], positions: list[int], factor: float, independent: bool) -> None:
         self.whole, self.positions, self.factor = group, positions, factor
-        self.peak = float(group.get("initial_lr", group["lr"])) if independent else 1.0
+        self.independent, self.peak = independent, 0.0
         self.group: dict[str, Any] = {}
 
     def refresh(self) -> dict[str, Any]:
@@ -55,8 +55,15 @@ class _Part:
             self.group[key] = old if same else new  # plans compare identities
         self.group["lr"] = self.whole["lr"] * self.factor
         if self.whole.get("weight_decay"):
-            self.group["weight_decay"] = self.whole["weight_decay"] / (self.factor * self.peak)
+            self.group["weight_decay"] = self.whole["weight_decay"] / (self.factor * self._largest())
         return self.group
+
+    def _largest(self) -> float:
+        """The largest learning rate of the schedule, or so far where there is none; 1 if the decay goes with it."""
+        if not self.independent:
+            return 1.0
+        self.peak = max(self.peak, float(self.whole.get("initial_lr", self.whole["lr"])))
+        return self.peak or 1.0  # a learning rate of 0 decays nothing
 
     def write_back(self) -> None:
         """What a step wrote into the group: marks of embeddings, and flags that torch keeps there."""

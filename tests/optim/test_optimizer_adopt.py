@@ -265,3 +265,14 @@ def test_accelerated_scheduler_and_optimizer():
         new.step()
         scheduler.step()
     assert new.param_groups[0]["lr"] == pytest.approx(1e-2 / 8)
+
+
+def test_stable_adamw_takes_over_an_adam_whose_decay_is_decoupled():
+    from hf_lowprec.optim import StableAdamW
+    from hf_lowprec.recipe import States
+
+    weight = torch.nn.Parameter(torch.ones(4))
+    decoupled = torch.optim.Adam([weight], weight_decay=0.1, decoupled_weight_decay=True)
+    assert type(AdamW.adopt(decoupled, States(algorithm="stable-adamw"))) is StableAdamW
+    with pytest.raises(ValueError, match="decays weights apart from the gradient"):
+        AdamW.adopt(torch.optim.Adam([weight], weight_decay=0.1), States(algorithm="stable-adamw"))

@@ -246,3 +246,64 @@ def test_shards_of_fsdp2_step_as_whole_weights() -> None:
     run = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split() == ["same", "21"]
+
+
+def test_native_decay_under_a_warmup_by_hand_that_begins_at_zero() -> None:
+    recipe = unquantised("u-mup", learning_rate="native")
+    model, optimizer, _ = fresh(recipe, lr=0.0, weight_decay=0.5)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    for lr, shrunk in ((0.0, 0.0), (1e-2, 0.5), (5e-3, 0.25)):
+        optimizer.param_groups[0]["lr"] = lr
+        before = weight.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert torch.allclose(weight, before * (1 - shrunk), rtol=1e-5, atol=0)
+
+
+RANKS = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from decoders import decoder, text
+import hf_lowprec
+
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+for recipe in ("u-mup", "unit-scaling"):
+    model = decoder("llama", seed=rank)
+    hf_lowprec.convert(model, recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = hf_lowprec.attach_optimizer(model, optimizer)
+    for ids in text(2, length=16):
+        ddp(input_ids=ids.roll(rank), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(both, flat)
+    assert torch.equal(*both), recipe
+    layers = hf_lowprec.conversion.session_of(model).scaling.layers.values()
+    scales = torch.stack([o.scale for layer in layers for o in layer.operands])
+    both = [torch.empty_like(scales) for _ in range(2)]
+    dist.all_gather(both, scales)
+    assert torch.equal(*both), recipe
+print("same")
+"""
+
+
+def test_ranks_without_a_common_seed_step_alike(tmp_path: Path) -> None:
+    """DDP makes the weights the first rank's; the factors that follow from them must be, too."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", RANKS, str(rank), str(tmp_path / "store")], env=environment,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    for run in runs:
+        out, err = run.communicate(timeout=150)
+        assert run.returncode == 0, err[-3000:]
+        assert out.split() == ["same"]
