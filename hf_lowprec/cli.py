@@ -125,7 +125,8 @@ def explain(
     for row in describe.policy_rows(recipe):
         table.add_row(*row)
     console.print(table)
-    console.print(f"\nnative on: {describe.needs(recipe)}" + ("; emulated elsewhere" * recipe.quantises_gemms))
+    needs = describe.needs(recipe)
+    console.print(f"\nnative on: {needs}" + ("" if needs == "any" else "; emulated elsewhere"))
     # What YAML would read back must not pass through markup or wrapping.
     typer.echo(f"\n# as a file (hf-lowprec run --recipe my.yaml train.py)\n{recipe.to_yaml()}", nl=False)
 

@@ -61,6 +61,8 @@ def measured(name: str) -> str:
         model = f"Llama, {case['parameters'] / 1e6:.1f} M parameters, {study['batch']} x {study['seq']} {text}"
         base = data["summary"].get("bf16", {}).get("step_ms")
         time = f"{summary.get('step_ms', case['step_ms']):.0f} ms" + (f", {base:.0f} ms" if base else "")
+        if case["environment"]["gpu"] is None:
+            time = ""  # of an emulation beside other work: it says nothing of the recipe
         gap = "diverged" if case["status"] == "diverged" else _gap(summary)
         rows.append((model, str(study["steps"]), device, gap, time))
     if len(rows) == 1 and not reasons:
