@@ -436,7 +436,8 @@ def draw(name: str, results: Path, images: Path) -> bool:
             print(f"{name}: {error}")
             return False
         figure.savefig(images / f"{name}.svg", metadata={"Date": None})
-        figure.savefig(images / f"{name}.png", dpi=140, metadata={"Software": None})
+        dpi = 140 if figure.get_figheight() < 7 else 105  # pages of panels stay light, too
+        figure.savefig(images / f"{name}.png", dpi=dpi, metadata={"Software": None})
     size = (images / f"{name}.png").stat().st_size
     if size > LARGEST:
         raise SystemExit(f"{name}.png has {size} bytes, more than {LARGEST}")

@@ -33,7 +33,7 @@ def recipes(data: dict[str, Any], where: str) -> Figure:
         if recipe != BASELINE:
             families.setdefault(case["family"], []).append(recipe)
     rows = -(-len(families) // COLUMNS)
-    figure = Figure(figsize=(4.0 * COLUMNS, 3.1 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(3.4 * COLUMNS, 2.6 * rows + 0.6), layout="constrained")
     panels = np.atleast_1d(figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False)).flatten()
     base = np.array(first[BASELINE]["train_curve"])
     for axes, (family, names) in zip(panels, families.items(), strict=False):
