@@ -91,7 +91,13 @@ def test_autobitlinear_in_bfloat16(autocast: bool) -> None:
     theirs, ours = pair(160, 96, False, dtype, 1.0)
     x, grad = torch.randn(33, 160, dtype=dtype), torch.randn(33, 96, dtype=dtype)
     with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected, got = both(theirs, x, grad), both(ours, x, grad)
+        got = both(ours, x, grad)
+        try:
+            expected = both(theirs, x, grad)
+        except RuntimeError as error:  # 5.17 multiplies bfloat16 inputs with float32 weights
+            if autocast or "same dtype" not in str(error):
+                raise
+            pytest.skip(f"this transformers' AutoBitLinear does not run in bfloat16: {error}")
     w = theirs.weight.detach().float()
     size = x.float().abs().sum(-1, keepdim=True) * w.abs().mean()  # of the products of a sum, at most
     assert bool(((got[0].float() - expected[0].float()).abs() <= 2.0**-8 * size).all())
