@@ -11,7 +11,8 @@ From the final validation losses v over the seeds s, paired by seed (same initia
     |gap| - error >  bound    "outside"
     otherwise                 "inconclusive", as with fewer than three seeds: run more of them
 
-A run that diverges is "outside". The gap counts in both directions: a lower loss is no parity either.
+A run that diverges is "outside". The gap counts in both directions: a lower loss is no parity either. Who asks for no
+more than "not worse than bf16" finds it beside the verdict: `not_higher` is gap + error <= bound.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ def compare(baseline: dict[int, float], candidate: dict[int, float]) -> dict[str
     out["mean_gap"] = mean = statistics.fmean(gaps)
     out["baseline_spread"] = spread = (max(losses) - min(losses)) / statistics.fmean(losses)
     if not all(map(math.isfinite, gaps)):
-        return {**out, "verdict": "outside"}
+        return {**out, "verdict": "outside", "not_higher": False}
     if len(gaps) < 3:
         return {**out, "verdict": "inconclusive"}
     out["baseline_deviation"] = statistics.stdev(losses) / statistics.fmean(losses)
     out["standard_error"] = error = statistics.stdev(gaps) / math.sqrt(len(gaps))
     bound = min(TOLERANCE, spread)
+    out["not_higher"] = mean + error <= bound
     if abs(mean) + error <= bound:
         out["verdict"] = f"within {100 * TOLERANCE:g} % and inside the seed spread"
     else:
@@ -75,5 +77,6 @@ def table(cases: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         error = s.get("standard_error")
         numbers = f"gap {s['mean_gap']:+.3%}" if "mean_gap" in s else "no pair"
         numbers += f" +- {error:.3%}, spread of bf16 {s['baseline_spread']:.3%}" if error is not None else ""
-        lines.append(f"{recipe}: {numbers}: {s['verdict']}")
+        verdict = s["verdict"] + (", not higher" if s.get("not_higher") else "")
+        lines.append(f"{recipe}: {numbers}: {verdict}")
     return "\n".join(lines)

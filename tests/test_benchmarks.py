@@ -40,6 +40,17 @@ def test_verdict(candidate: dict[int, float], verdict: str) -> None:
     assert compare(BF16, candidate)["verdict"] == verdict
 
 
+def test_a_lower_loss_is_no_parity_but_not_higher() -> None:
+    from verdict import compare, table
+
+    assert compare(BF16, losses(3.980, 3.990, 4.000))["not_higher"]
+    assert compare(BF16, losses(4.001, 4.011, 4.021))["not_higher"]
+    for worse in (losses(4.020, 4.030, 4.040), losses(4.000, 4.020, 4.035), losses(4.0, 4.0, float("nan"))):
+        assert not compare(BF16, worse)["not_higher"]
+    assert "not_higher" not in compare(BF16, losses(4.001, 4.011)), "two seeds decide nothing"
+    assert table([], {"x": compare(BF16, losses(3.980, 3.990, 4.000))}).endswith("outside, not higher")
+
+
 def test_a_gap_outside_the_seed_spread_is_outside_even_below_the_tolerance() -> None:
     from verdict import compare
 

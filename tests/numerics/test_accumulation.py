@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import apytypes as apy
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,8 @@ from oracles import gfloat_info
 from hf_lowprec.formats import Format, get_format, get_sum_format
 from hf_lowprec.numerics import accumulate, counter_hash, round_to_format
 from hf_lowprec.recipe import Accumulation, Rounding
+
+apy = pytest.importorskip("apytypes")
 
 SEED = 2**40 + 12345
 SR13 = Rounding(mode="stochastic", bits=13)

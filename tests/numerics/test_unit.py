@@ -7,11 +7,14 @@ import math
 
 import pytest
 import torch
-import unit_scaling.functional as U
 from torch import Tensor
-from unit_scaling.core.functional import transformer_residual_scaling_rule
 
 from hf_lowprec.numerics import unit
+
+U = pytest.importorskip("unit_scaling.functional")
+transformer_residual_scaling_rule = pytest.importorskip(
+    "unit_scaling.core.functional"
+).transformer_residual_scaling_rule
 
 N, D, E = 512, 256, 384
 

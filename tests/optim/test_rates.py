@@ -14,10 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import unit_scaling as uu
 from decoders import decoder, rms, text
 from torch.optim.lr_scheduler import LambdaLR
-from unit_scaling.optim import lr_scale_func_adam
 
 import hf_lowprec
 from hf_lowprec import optim, stepping
@@ -26,6 +24,9 @@ from hf_lowprec.decoder import find_decoder
 from hf_lowprec.optim import rates
 from hf_lowprec.presets import PRESETS
 from hf_lowprec.recipe import Gemm, Recipe
+
+uu = pytest.importorskip("unit_scaling")
+lr_scale_func_adam = pytest.importorskip("unit_scaling.optim").lr_scale_func_adam
 
 LR = 1e-3
 
