@@ -28,6 +28,7 @@ _EXPORTS = {
     "attach_optimizer": "stepping",
     "grad_scaler": "loss_scaling",
     "ConversionError": "conversion",
+    "NothingConvertedError": "conversion",
     "ConversionReport": "report",
     "Recipe": "recipe",
     "RecipeError": "recipe",
@@ -51,7 +52,15 @@ __all__ = [*_EXPORTS, *_NAMESPACES]
 if TYPE_CHECKING:
     from hf_lowprec.calibration import calibrate, load_calibration, save_calibration
     from hf_lowprec.checkpoint import export_pretrained, load_exported
-    from hf_lowprec.conversion import ConversionError, convert, high_precision, invalidate, learned_parameters, revert
+    from hf_lowprec.conversion import (
+        ConversionError,
+        NothingConvertedError,
+        convert,
+        high_precision,
+        invalidate,
+        learned_parameters,
+        revert,
+    )
     from hf_lowprec.loss_scaling import grad_scaler
     from hf_lowprec.modules import LowPrecLinear, StableEmbedding
     from hf_lowprec.presets import PRESETS

@@ -31,6 +31,7 @@ from hf_lowprec.selection import Choice, matches, select, weight_of
 from hf_lowprec.session import Session, live_sessions, session_of
 
 FUSE_ENV = "HF_LOWPREC_FUSE"
+BREAK_EVEN_ENV = "HF_LOWPREC_BREAK_EVEN"
 
 
 class _Options(NamedTuple):
@@ -73,7 +74,8 @@ def convert(
         fuse: quantise a tensor once for all linears that read it, fuse norms and MLPs (docs/fusing.md).
             None: as the environment variable HF_LOWPREC_FUSE says, 0 or 1; it is on where that is unset.
         min_numel: leave linears in the base precision whose weight has fewer elements. None: the size below which FP8
-            gains nothing on this GPU, where that was measured (`break_even`); 0: convert all sizes.
+            gains nothing on this GPU, where that was measured (`break_even`) and the environment variable
+            HF_LOWPREC_BREAK_EVEN is not 0; 0: convert all sizes.
         min_tokens: run a call of a converted linear in the base precision if its input has fewer rows (eager mode
             only). None: as measured on this GPU for the size of the weight; 0: never.
         init: recipes with a `transform` only. True brings the weights to unit scale, one factor per weight, and maps
@@ -88,7 +90,7 @@ def convert(
             (None: as it is), or now to be emulated; a GPU that cannot run it natively; a field of a user's own recipe
             that this version does not carry out.
         NothingConvertedError: the recipe quantises GEMMs and no module qualified.
-        TypeError, ValueError: an argument, or HF_LOWPREC_FUSE, is none of its values.
+        TypeError, ValueError: an argument, HF_LOWPREC_FUSE or HF_LOWPREC_BREAK_EVEN is none of its values.
     """
     check_switch("fuse", fuse)
     check_switch("init", init)
@@ -122,7 +124,7 @@ def convert(
     emulated = _emulates(model, chosen, emulate)
     patterns = (*chosen.modules_to_not_convert, *excluded)
     # Measured for formats that stand for 16 bits. A linear of BitNet in the base precision would be another function.
-    measured = not emulated and recipe_since(chosen) != INT8_SINCE
+    measured = not emulated and recipe_since(chosen) != INT8_SINCE and read_switch(BREAK_EVEN_ENV, True)
     rule = break_even(chosen.name, _device(model)) if measured else None
     if min_numel is None:
         min_numel = 0 if rule is None else rule.min_numel
@@ -135,7 +137,10 @@ def convert(
     if chosen.loss_scale.method != "none":
         report.loss_scale = f"{chosen.loss_scale.method}, by hf_lowprec.grad_scaler(model)"
     if chosen.quantises_gemms and not modules:
-        raise NothingConvertedError(f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}")
+        advice = f"\nmin_numel=0 or {BREAK_EVEN_ENV}=0 converts what gains no speed, too" if min_numel else ""
+        raise NothingConvertedError(
+            f"recipe {chosen.name!r} was asked for, but nothing could be converted:\n{report}{advice}"
+        )
     # Not `emulated`: a model that is still on the CPU runs natively once it has moved to a GPU.
     always = emulate or why is not None
     if planned is not None:

@@ -62,6 +62,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     llama()  # has transformers imported before there seems to be a GPU
     path = tmp_path / "break_even.json"
     path.write_text(json.dumps({"about": "", "gpus": {GPU: {"fp8-lm": {"least_tokens": steps}}}}))
+    monkeypatch.setenv("HF_LOWPREC_BREAK_EVEN", "1")
     monkeypatch.setattr(break_even, "PATH", path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -89,6 +90,20 @@ def test_the_rule_of_the_gpu_at_hand_counts(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(emulated.converted) == 14 and not emulated.least_tokens, "emulation is not for speed"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "unheard of")
     assert len(hf_lowprec.convert(llama(), "fp8-lm").converted) == 14, "nothing is known of this GPU"
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_user_may_ignore_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(hf_lowprec.NothingConvertedError, match=r"min_numel=0 or HF_LOWPREC_BREAK_EVEN=0 converts"):
+        hf_lowprec.convert(copy.deepcopy(small), "fp8-lm")
+    assert hf_lowprec.convert(copy.deepcopy(small), "fp8-lm", min_numel=0, min_tokens=0).converted
+    monkeypatch.setenv("HF_LOWPREC_BREAK_EVEN", "0")
+    report = hf_lowprec.convert(small, "fp8-lm")
+    assert report.converted and not report.least_tokens and "measured on" not in str(report)
+    monkeypatch.setenv("HF_LOWPREC_BREAK_EVEN", "no")
+    with pytest.raises(ValueError, match="HF_LOWPREC_BREAK_EVEN='no': 0 or 1"):
+        hf_lowprec.convert(nn.Sequential(nn.Linear(16, 16)), "fp8-lm")
 
 
 @pytest.mark.parametrize("fuse", [False, True])

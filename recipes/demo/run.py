@@ -67,9 +67,9 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def train(precision: str, seed: int, folder: Path, arguments: list[str], gpu: bool) -> Run:
-    settings = HERE.parent / "pretrain" / ("llama-70m.yaml" if gpu else "llama-1m.yaml")
+    settings = HERE.parent / "pretrain" / ("llama-500m.yaml" if gpu else "llama-1m.yaml")
     script = [os.path.relpath(SCRIPT), os.path.relpath(settings), "--output_dir", str(folder), "--seed", str(seed)]
-    script += ["--save_every", "0", *(["--steps", "400", "--eval_every", "50"] if gpu else []), *arguments]
+    script += ["--save_every", "0", *(["--steps", "240", "--eval_every", "40"] if gpu else []), *arguments]
     say(f"\n[bold]accelerate launch --mixed_precision {precision}[/] {' '.join(script)}")
     # `accelerate launch` of this very Python; the other options only say what it would guess anyway, with a warning
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
