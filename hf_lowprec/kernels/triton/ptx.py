@@ -121,6 +121,20 @@ def reciprocal(x):
 
 
 @triton.jit
+def add_down(a, b):
+    """a + b rounded toward zero, for 0 <= a <= b and for b = 0."""
+    if INTERPRETED:
+        near = a + b
+        bits = near.to(tl.int32, bitcast=True) - ((b > 0) & (near - b > a)).to(tl.int32)
+        out = bits.to(tl.float32, bitcast=True)
+    else:
+        out = tl.inline_asm_elementwise(
+            "add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
 def larger_magnitude(a, b):
     """max(|a|, |b|), NaN if one is. (`tl.maximum` beside stores of bytes is miscompiled, triton-lang/triton#11111.)"""
     if INTERPRETED:
