@@ -33,13 +33,14 @@ from hf_lowprec.kernels.triton.formats import (
     covered,
     cut,
     cut_fits,
+    hashed,
+    low_bits,
     mix,
     mode_of,
     nearest,
     plain,
     signed_codes,
     word_keys,
-    word_of,
 )
 from hf_lowprec.kernels.triton.launch import on_its_device
 from hf_lowprec.kernels.triton.ptx import reciprocal
@@ -138,7 +139,7 @@ def _stored_scale(scale, E8M0: tl.constexpr):
 
 @triton.jit
 def _words(seed_ptr, row, col, cols, COLS: tl.constexpr, EACH: tl.constexpr):
-    """Random words of rows and of the COLS columns from `col`; EACH divides `col` and `cols`.
+    """Of rows and of the COLS columns from `col` what `low_bits` makes random words of; EACH divides `col` and `cols`.
 
     An index is then a multiple of EACH and one of its numbers, so that a thread that has EACH side by side begins the
     hash once for them. int64 indices go to the hash whole, int32 ones are below 2^31.
@@ -153,9 +154,9 @@ def _words(seed_ptr, row, col, cols, COLS: tl.constexpr, EACH: tl.constexpr):
     if EACH > 1:
         h = h[:, :, None] ^ tl.arange(0, EACH).to(tl.uint32)[None, None, :]
         late = (tl.zeros_like(first).to(tl.uint32) ^ late)[:, :, None]
-        h = tl.reshape(word_of(h, late), [row.shape[0], COLS])
+        h = tl.reshape(hashed(h, late), [row.shape[0], COLS])
     else:
-        h = word_of(h, late)
+        h = hashed(h, late)
     return h
 
 
@@ -194,6 +195,7 @@ def _result(
             else:
                 out = tl.where(size < float("inf"), codes | sign, NAN_CODE)
     else:
+        words = low_bits(words, BITS, 0) if MODE == 3 else 0
         codes = count_codes(y, words, MODE, BITS, MAN, EMIN, MAX_CODE + (OVERFLOW > 0), SUBNORMAL)
         if VALUES:
             near = code_values(codes, MAN, EMIN, SUBNORMAL)

@@ -99,7 +99,7 @@ def keys_of(seed):
 
 @triton.jit
 def word_keys(seed):
-    """(early, late) of an int64, for `word_of`.
+    """(early, late) of an int64, for `hashed`.
 
     h ^ (h >> 16) and h ^ (h >> 15) are linear over xor, so that a key goes in before them or after, folded by itself.
     """
@@ -108,12 +108,22 @@ def word_keys(seed):
 
 
 @triton.jit
-def word_of(h, late):
-    """`numerics.counter_hash` in seven instructions: h = i ^ (i >> 16) ^ early, uint32, of an index below 2^32."""
+def hashed(h, late):
+    """`numerics.counter_hash` up to its last step: h = i ^ (i >> 16) ^ early, uint32, of an index below 2^32."""
     h *= 0x7FEB352D
     h ^= (h >> 15) ^ late
-    h *= 0x846CA68B
-    return (h ^ (h >> 16)).to(tl.int32, bitcast=True)
+    return h * 0x846CA68B
+
+
+@triton.jit
+def low_bits(h, BITS: tl.constexpr, SHIFT: tl.constexpr):
+    """The last step, of which the low BITS, times 2^SHIFT, int32."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) << SHIFT
+    if SHIFT <= 16:  # shifted before it is cut out: one instruction less
+        word = ((h << SHIFT) ^ (h >> (16 - SHIFT))) & MASK
+    else:
+        word = ((h ^ (h >> 16)) << SHIFT) & MASK
+    return word.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -184,12 +194,12 @@ def nearest(size, MAN: tl.constexpr, EMIN: tl.constexpr, LARGEST: tl.constexpr, 
 
 
 @triton.jit
-def cut(size, words, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
+def cut(size, h, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
         LARGEST: tl.constexpr, SUBNORMAL: tl.constexpr):  # fmt: skip
     """|x| rounded in other modes, for formats of `cut_fits`: an addition below the last kept bit, the rest dropped.
 
     Below the lowest normal binade 2^emin is added, cut off, and taken away again: there its units are the format's.
-    Saturates; signs, Inf and NaN are the caller's. words: of which the low BITS count.
+    Saturates; signs, Inf and NaN are the caller's. h: of `hashed`.
     """
     UNIT: tl.constexpr = 1 << (23 - MAN)
     LIFT: tl.constexpr = SUBNORMAL == 0 and EMIN > -126
@@ -201,7 +211,7 @@ def cut(size, words, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, 
     if MODE == 1:
         units += UNIT // 2
     elif MODE == 3:
-        units += (words & ((1 << BITS) - 1)) << (23 - MAN - BITS)
+        units += low_bits(h, BITS, 23 - MAN - BITS)
     r = (units & -UNIT).to(tl.float32, bitcast=True)
     if LIFT:
         r -= low

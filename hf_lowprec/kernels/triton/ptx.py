@@ -135,6 +135,19 @@ def add_down(a, b):
 
 
 @triton.jit
+def fma_flushed(a, b, c):
+    """a b + c, 0 where it or an operand is no normal number; the interpreter rounds the product as well."""
+    if INTERPRETED:
+        out = a * b + c
+        out = tl.where(tl.abs(out) < 2.0**-126, 0.0, out)
+    else:
+        out = tl.inline_asm_elementwise(
+            "fma.rn.ftz.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
 def larger_magnitude(a, b):
     """max(|a|, |b|), NaN if one is. (`tl.maximum` beside stores of bytes is miscompiled, triton-lang/triton#11111.)"""
     if INTERPRETED:
