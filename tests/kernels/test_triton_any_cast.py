@@ -221,7 +221,7 @@ def test_one_sample_is_no_constant() -> None:
     pytest.importorskip("triton")
     from hf_lowprec.kernels.triton import any_cast
 
-    special = {p.name: not p.do_not_specialize for p in any_cast._count_kernel.params if not p.is_constexpr}
+    special = {p.name: not p.do_not_specialize for p in any_cast.count_kernel.params if not p.is_constexpr}
     assert not special["samples"] and not special["sample_stride"]
 
 
@@ -233,7 +233,7 @@ def compile_for_h100() -> list[str]:
     from hf_lowprec.kernels.triton.formats import Constants
 
     done = []
-    kernel = any_cast._any_cast_kernel
+    kernel = any_cast.any_cast_kernel
     for quant in (MX[0], MX[16], OTHERS[2], OTHERS[3], OTHERS[7]):
         plan = any_cast.plan_of(quant)
         constants = {**plan.constants, "METHOD": plan.method, "VALUES": False, "PARTS": 1, "ROWS": 8, "COLS": 256}
