@@ -15,7 +15,8 @@ is contiguous. Random words go by the index of an element in the matrix as it is
 from __future__ import annotations
 
 import struct
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from hf_lowprec.formats import Format
 from hf_lowprec.kernels.triton.any_kernels import amax_kernel, any_cast_kernel, count_kernel, turned_kernel
 from hf_lowprec.kernels.triton.cast import SAMPLES
 from hf_lowprec.kernels.triton.formats import Constants, covered, cut_fits, mode_of, plain
-from hf_lowprec.kernels.triton.launch import on_its_device
+from hf_lowprec.kernels.triton.launch import Launcher, integer_key, on_its_device
 from hf_lowprec.numerics.codes import random_bits
 from hf_lowprec.numerics.rounding import magic_fits
 from hf_lowprec.numerics.scaling import scale_shape
@@ -41,6 +42,7 @@ _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 GIVEN, CURRENT, DELAYED = 0, 1, 2
 _LARGEST_BLOCK = 512
 LONGEST_ROW = 16384  # in registers
+WIDE_FROM = 2**31  # indices of 64 bits
 
 
 class Setting(NamedTuple):
@@ -67,9 +69,13 @@ SETTINGS: dict[tuple[str, int, int], Setting] = {("turned words", 4, 1): Setting
 
 # --- launchers ------------------------------------------------------------------------------------------------------
 
+_any_cast, _turned, _amax = Launcher(any_cast_kernel), Launcher(turned_kernel), Launcher(amax_kernel)
+_ANY_CONSTANTS, _TURNED_CONSTANTS = tuple(any_cast_kernel.arg_names[12:]), tuple(turned_kernel.arg_names[8:])
 
-class AnyPlan(NamedTuple):
-    """A policy in the kernels. method: GIVEN (a constant, too), CURRENT or DELAYED."""
+
+@dataclass(frozen=True, eq=False)
+class AnyPlan:
+    """A policy in the kernels; one object each. method: GIVEN (a constant, too), CURRENT or DELAYED."""
 
     quant: Quant
     format: Format
@@ -167,21 +173,25 @@ def quantize(
     dtype = x.dtype if values else storage_dtype(quant.format)
     qdata = torch.empty(x.shape, dtype=dtype, device=x.device)
     raw = qdata if values else qdata.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize])
-    shape = _launch(plan, matrix, raw.dtype.itemsize, method == CURRENT and not values)
-    constants = {**plan.constants, **shape.constants}
+    shape = _shape(
+        plan, *matrix.shape, *matrix.stride(), matrix.is_contiguous(), x.dtype, raw.dtype.itemsize,
+        method == CURRENT and not values,
+    )  # fmt: skip
     written = None if method == GIVEN else used
+    pointers: tuple[Tensor | None, ...]
+    numbers: tuple[int, ...]
     if shape.kind == "turned words":
-        turned_kernel[(shape.programs,)](
-            matrix, raw.view(torch.int32), written, seed, shape.rows, shape.cols, shape.stride_col, shape.groups,
-            **{name: value for name, value in constants.items() if name in turned_kernel.arg_names},
-            num_warps=shape.warps,
-        )  # fmt: skip
+        pointers = matrix, raw.view(torch.int32), written, seed
+        numbers = shape.rows, shape.cols, shape.stride_col, shape.groups
+        launcher, names = _turned, _TURNED_CONSTANTS
     else:
-        any_cast_kernel[(shape.programs,)](
-            matrix, raw, written, given, partial, amax, seed, shape.rows, shape.cols, shape.stride_row,
-            shape.stride_col, shape.groups, **constants, METHOD=method, VALUES=values,
-            PARTS=1 if partial is None else partial.numel(), num_warps=shape.warps,
-        )  # fmt: skip
+        pointers = matrix, raw, written, given, partial, amax, seed
+        numbers = shape.rows, shape.cols, shape.stride_row, shape.stride_col, shape.groups
+        launcher, names = _any_cast, _ANY_CONSTANTS
+    parts = 1 if partial is None else partial.numel()
+    key = (shape, method, values, parts, *[None if t is None else t.data_ptr() % 16 for t in pointers])
+    arguments = (*pointers, *numbers, *_arguments(shape, names, method, values, parts))
+    launcher(key, x.get_device(), (shape.programs, 1, 1), arguments, num_warps=shape.warps)
     assert used is not None
     if counts is not None and used.numel() == 1:
         _count(matrix, given if method == GIVEN else used, plan.format, counts)
@@ -190,8 +200,9 @@ def quantize(
     return qdata, used
 
 
-class _Shape(NamedTuple):
-    """The matrix as the kernel sees it, and how it is cut into programs."""
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """The matrix as the kernel sees it, and how it is cut into programs; one object each."""
 
     kind: str
     rows: int
@@ -204,11 +215,15 @@ class _Shape(NamedTuple):
     constants: dict[str, Any]
 
 
-def _launch(plan: AnyPlan, matrix: Tensor, size: int, codes: bool) -> _Shape:
-    """size: bytes of an element that is written. codes: that and scales of its own are all that is wanted."""
-    (rows, cols), (stride_row, stride_col) = matrix.shape, matrix.stride()
+@lru_cache(maxsize=4096)
+def _shape(
+    plan: AnyPlan, rows: int, cols: int, stride_row: int, stride_col: int, dense: bool, dtype: torch.dtype, size: int,
+    codes: bool,
+) -> _Shape:  # fmt: skip
+    """dense: contiguous. size: bytes of an element that is written. codes: that and scales of its own are all that is
+    wanted."""
     granularity, block = plan.constants["GRANULARITY"], plan.block
-    if granularity == 0 and matrix.is_contiguous():
+    if granularity == 0 and dense:
         kind, rows, cols, stride_row, stride_col = "flat", 1, rows * cols, rows * cols, 1
     elif stride_col != 1 and stride_row == 1:
         words = granularity == 2 and codes and size == 1 and cols % 4 == 0 and block % 4 == 0
@@ -219,19 +234,26 @@ def _launch(plan: AnyPlan, matrix: Tensor, size: int, codes: bool) -> _Shape:
         kind, granularity, block = "row", 2, triton.next_power_of_2(cols)
     else:
         kind = "long row"
-    setting = SETTINGS.get((kind, matrix.dtype.itemsize, size), DEFAULTS[kind])
+    setting = SETTINGS.get((kind, dtype.itemsize, size), DEFAULTS[kind])
     width = max(setting.cols, block)
     tall = max(1, setting.elements // width)
     warps = max(1, min(16, tall * width // (32 * setting.each)))
     reach = max(rows * cols, rows * stride_row + cols * stride_col) + tall * max(cols, stride_row) + width * stride_col
     constants = {
-        "GRANULARITY": granularity, "BLOCK": block, "ROWS": tall, "COLS": width, "WIDE": reach >= 2**31,
-        "EVEN": rows % tall == 0 and cols % width == 0,
+        **plan.constants, "GRANULARITY": granularity, "BLOCK": block, "ROWS": tall, "COLS": width,
+        "WIDE": reach >= WIDE_FROM, "EVEN": rows % tall == 0 and cols % width == 0,
         "EACH": 8 if stride_col == 1 and cols % 8 == 0 and width % 8 == 0 else 1,
     }  # fmt: skip
     groups = triton.cdiv(cols, block) if granularity == 2 else 1
     programs = triton.cdiv(rows, tall) * (1 if granularity == 1 else triton.cdiv(cols, width))
     return _Shape(kind, rows, cols, stride_row, stride_col, groups, programs, warps, constants)
+
+
+@lru_cache(maxsize=4096)
+def _arguments(shape: _Shape, names: tuple[str, ...], method: int, values: bool, parts: int) -> tuple[Any, ...]:
+    """The kernel's constants in its order."""
+    constants = {**shape.constants, "METHOD": method, "VALUES": values, "PARTS": parts}
+    return tuple(constants[name] for name in names)
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -258,5 +280,6 @@ def _partials(matrix: Tensor, group: bool) -> Tensor:
     partial = torch.empty(PARTIALS, dtype=torch.int32, device=matrix.device)
     n = flat.numel()
     per_program = triton.cdiv(n, PARTIALS * 1024) * 1024
-    amax_kernel[(PARTIALS,)](flat, partial, n, per_program, GROUP=group, BLOCK=1024, num_warps=4)
+    key = (flat.dtype, flat.data_ptr() % 16, integer_key(n), integer_key(per_program), group)
+    _amax(key, flat.get_device(), (PARTIALS, 1, 1), (flat, partial, n, per_program, group, 1024), num_warps=4)
     return partial
