@@ -14,6 +14,7 @@ from hf_lowprec.kernels.triton.any_parts import (
     magnitude,
     result,
     scale_of,
+    spare_bits,
     spread,
     stored_scale,
     words,
@@ -179,11 +180,13 @@ def turned_kernel(
     first, late = 0, 0
     if MODE == 3:
         first, late = first_words(seed_ptr, row[:, None] * cols + col[None, :])
+    SPARE: tl.constexpr = spare_bits(FAST, SUBNORMAL, NEGATIVE_ZERO, SIGN)
+    KEEP: tl.constexpr = 2 * SIGN - 1 if SIGN > 0 else 0xFF
     word = tl.zeros([ROWS, WORDS], dtype=tl.int32)
     for j in tl.static_range(4):
         x = x0 if j == 0 else x1 if j == 1 else x2 if j == 2 else x3
-        words = hashed(first ^ j, late) if MODE == 3 else 0
-        code = result(x, inverse, inverse, words, tl.int32, False, GROUP, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL,
+        h = hashed(first ^ j, late) if MODE == 3 else 0
+        code = result(x, inverse, inverse, h, tl.int32, False, GROUP, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL,
                       SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST, OVERFLOW)  # fmt: skip
-        word |= code << (8 * j)
+        word |= ((code >> SPARE) & KEEP) << (8 * j)
     tl.store(q_ptr + row[:, None] * (cols // 4) + place[None, :], word, mask=mask)

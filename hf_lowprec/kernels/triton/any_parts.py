@@ -18,7 +18,7 @@ from hf_lowprec.kernels.triton.formats import (
     signed_codes,
     word_keys,
 )
-from hf_lowprec.kernels.triton.ptx import reciprocal
+from hf_lowprec.kernels.triton.ptx import high_bits, reciprocal
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def result(
     SIGN: tl.constexpr, NAN_CODE: tl.constexpr, NEGATIVE_ZERO: tl.constexpr, LARGEST: tl.constexpr,
     FAST: tl.constexpr, OVERFLOW: tl.constexpr,
 ):  # fmt: skip
-    """Codes of x / scale, or VALUES: those times the scale. h: of `hashed`."""
+    """Codes of x / scale, or VALUES: those times the scale. h: of `hashed`. int32 codes: where `spare_bits` says."""
     y = x * inverse
     bits = y.to(tl.int32, bitcast=True)
     if FAST:
@@ -153,15 +153,23 @@ def result(
                 near += 0.0
             out = near * scale
         else:
-            codes = codes_of(near, MAN, EMIN, SUBNORMAL)
             AT: tl.constexpr = _log2(SIGN)
-            sign = (bits >> (31 - AT)) & SIGN
-            if not NEGATIVE_ZERO:
-                sign = tl.where(codes == 0, 0, sign)
-            if GROUP:
-                out = (codes | sign) & tl.where(inverse < float("inf"), -1, 0)
+            if SUBNORMAL == 0 and NEGATIVE_ZERO:
+                # As in `codes_of`, but upward: the sign is at the top already.
+                moved = (near * (2.0 ** (-126 - EMIN))).to(tl.int32, bitcast=True)
+                codes = (moved << (8 - AT + MAN)) | (bits & -0x80000000)
             else:
-                out = tl.where(size < float("inf"), codes | sign, NAN_CODE)
+                codes = codes_of(near, MAN, EMIN, SUBNORMAL)
+                sign = (bits >> (31 - AT)) & SIGN
+                if not NEGATIVE_ZERO:
+                    sign = tl.where(codes == 0, 0, sign)
+                codes |= sign
+            if GROUP:
+                out = codes & tl.where(inverse < float("inf"), -1, 0)
+            else:
+                out = tl.where(
+                    size < float("inf"), codes, NAN_CODE << spare_bits(FAST, SUBNORMAL, NEGATIVE_ZERO, SIGN)
+                )
     else:
         drawn = low_bits(h, BITS, 0) if MODE == 3 else 0
         codes = count_codes(y, drawn, MODE, BITS, MAN, EMIN, MAX_CODE + (OVERFLOW > 0), SUBNORMAL)
@@ -184,7 +192,21 @@ def result(
             out = tl.where(lost, float("nan"), value)
         else:
             out = signed_codes(codes, y, MAX_CODE, SIGN, NAN_CODE, NEGATIVE_ZERO, OVERFLOW)
-    return out.to(DTYPE)
+    if VALUES:
+        out = out.to(DTYPE)
+    elif DTYPE != tl.int32:
+        SPARE: tl.constexpr = spare_bits(FAST, SUBNORMAL, NEGATIVE_ZERO, SIGN)
+        if SPARE > 0:
+            out = high_bits(out, DTYPE.primitive_bitwidth, SPARE).to(DTYPE, bitcast=True)
+        else:
+            out = out.to(DTYPE)
+    return out
+
+
+@triton.constexpr_function
+def spare_bits(FAST, SUBNORMAL, NEGATIVE_ZERO, SIGN):
+    """How far below the top of an int32 the codes of `result` end; 0: they are at the bottom."""
+    return 31 - _log2(SIGN) if FAST and SUBNORMAL == 0 and NEGATIVE_ZERO else 0
 
 
 @triton.constexpr_function

@@ -209,6 +209,33 @@ def high_halves(even, odd):
     return out
 
 
+@triton.constexpr_function
+def _high_text(BITS, SPARE):
+    """PTX that joins the highest BITS of two or four int32, and shifts each of these down by SPARE - 32 + BITS."""
+    down = SPARE - 32 + BITS
+    mask = ((1 << (BITS - down)) - 1) * (0x01010101 if BITS == 8 else 0x00010001)
+    text = "{ .reg .b32 s, t; "
+    if BITS == 8:
+        text += "prmt.b32 s, $1, $2, 0x73; prmt.b32 t, $3, $4, 0x73; prmt.b32 s, s, t, 0x5410; "
+    else:
+        text += "prmt.b32 s, $1, $2, 0x7632; "
+    return text + (f"shr.u32 s, s, {down}; and.b32 s, s, {mask}; " if down else "") + "mov.b32 $0, s; }"
+
+
+@triton.jit
+def high_bits(x, BITS: tl.constexpr, SPARE: tl.constexpr):
+    """x >> SPARE of int32, logically, as int8 or int16 by BITS; no more than BITS are left."""
+    if INTERPRETED:
+        out = (x >> SPARE).to(tl.int8 if BITS == 8 else tl.int16)
+        out &= (1 << (32 - SPARE)) - 1 if SPARE > 32 - BITS else -1
+    else:
+        out = tl.inline_asm_elementwise(
+            _high_text(BITS, SPARE), "=r,r,r,r,r" if BITS == 8 else "=r,r,r", [x],
+            dtype=tl.int8 if BITS == 8 else tl.int16, is_pure=True, pack=32 // BITS,
+        )  # fmt: skip
+    return out
+
+
 @triton.jit
 def saturated_bytes(a, b, c, d, SIGNED: tl.constexpr):
     """Words of four int32, `a` lowest, each held within a byte: [-128, 127] if SIGNED, else [0, 255]."""
