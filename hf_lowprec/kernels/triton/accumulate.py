@@ -71,7 +71,7 @@ SETTINGS = {
     (0, False): Setting(64, 64, 4, False, 4),
     (1, False): Setting(64, 64, 4, False, 4),
     (2, False): Setting(64, 64, 4, False, 4),
-    (2, True): Setting(64, 64, 4, False, 4),
+    (2, True): Setting(64, 64, 4, False, 4, 128),  # 160 to 250 registers if it may, and fewer programs at a time
     (3, False): Setting(64, 64, 4, False, 4),
     (3, True): Setting(64, 64, 4, False, 4),
 }
@@ -321,9 +321,9 @@ def _constants(a_format: str, b_format: str, accumulation: Accumulation | None) 
     outside = _sum_constants(outer, rounding, chunk_sum, step)
     shift = 0
     if inside.SUBNORMAL == 1 and inside.WAY in (1, 2) and step >= inside.EMIN - 1 - inside.MAN and outside.WAY < 3:
-        # No element of `a` may be flushed itself, and the outer sums' subnormals may not fall below float32's.
+        # No operand may be flushed itself, and the outer sums' subnormals may not fall below float32's.
         low = outside.EMIN if outside.WAY and outside.SUBNORMAL < 2 else 0
-        if math.frexp(_step(a))[1] - 1 >= inside.EMIN and low >= inside.EMIN:
+        if _step(a) >= 2.0**inside.EMIN and _step(b) >= 2.0**-126 and low >= inside.EMIN:
             shift = -126 - inside.EMIN
             inside = inside.scaled(shift)._replace(SUBNORMAL=_NO_SUBNORMAL)
             outside = outside.scaled(shift)
