@@ -66,14 +66,21 @@ class Setting(NamedTuple):
     registers: int | None = None
 
 
-# By the way of rounding (0: float32, 1: by the FPU, 2: by dropping bits, 3: any) and whether it is stochastic.
+# By the way of rounding (0: float32, 1: by the FPU, 2: by dropping bits, 3: any), whether it is stochastic, and whether
+# there are chunks. Left alone, stochastic loops take 160 to 250 registers: fewer programs at a time.
+_COMMON = Setting(64, 64, 4, False, 4)
 SETTINGS = {
-    (0, False): Setting(64, 64, 4, False, 4),
-    (1, False): Setting(64, 64, 4, False, 4),
-    (2, False): Setting(64, 64, 4, False, 4),
-    (2, True): Setting(64, 64, 4, False, 4, 128),  # 160 to 250 registers if it may, and fewer programs at a time
-    (3, False): Setting(64, 64, 4, False, 4),
-    (3, True): Setting(64, 64, 4, False, 4),
+    (0, False, False): _COMMON,
+    (1, False, False): _COMMON,
+    (1, False, True): _COMMON,
+    (2, False, False): _COMMON,
+    (2, False, True): _COMMON,
+    (2, True, False): _COMMON._replace(registers=128),
+    (2, True, True): _COMMON._replace(registers=128),
+    (3, False, False): _COMMON,
+    (3, False, True): _COMMON,
+    (3, True, False): _COMMON,
+    (3, True, True): _COMMON,
 }
 
 
@@ -271,7 +278,7 @@ def accumulate(
     a_values, a_top = _decode(a, a_format, constants["SHIFT"])
     b_values, b_top = _decode(b, b_format, 0)
     chunk = k if accumulation is None or accumulation.chunk is None else accumulation.chunk
-    use = setting or SETTINGS[constants["WAY"], constants["STOCHASTIC"]]
+    use = setting or SETTINGS[constants["WAY"], constants["STOCHASTIC"], constants["CHUNKED"]]
     grid = (triton.cdiv(m, use.rows) * triton.cdiv(n, use.cols),)
     _sums_kernel[grid](
         a_values, b_values, out, a_top, b_top, a_top if seed is None else seed, m, n, k, chunk,
