@@ -66,8 +66,8 @@ class Setting(NamedTuple):
     registers: int | None = None
 
 
-# By the way of rounding (0: float32, 1: by the FPU, 2: by dropping bits, 3: any), whether it is stochastic, and whether
-# there are chunks. Left alone, stochastic loops take 160 to 250 registers: fewer programs at a time.
+# By the way of rounding (0: float32, 1: by the FPU, 2: by dropping bits, 3: any), whether it is stochastic, whether
+# sums have chunks. Left alone, stochastic loops take 160 to 250 registers: fewer programs at a time.
 _COMMON = Setting(64, 64, 4, False, 4)
 SETTINGS = {
     (0, False, False): _COMMON,
