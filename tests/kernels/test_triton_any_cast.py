@@ -107,6 +107,17 @@ def check_kernels(device: str) -> int:
                     values, _ = any_cast.quantize(x, plan, seed=seed if random else None, values=True)
                     same(values, numerics.quantize_dequantize(host, quant, **drawn), ("values", quant))
                     count += 1
+    # Rows in two passes, and indices of 64 bits.
+    any_cast.LONGEST_ROW, any_cast.WIDE_FROM = 16, 0
+    any_cast._shape.cache_clear()
+    x = inputs(9, 96, torch.float32, device, True)
+    for quant in (*OTHERS[:5], OTHERS[15], OTHERS[16]):
+        drawn = {"seed": SEED} if quant.rounding.mode == "stochastic" else {}
+        q, _ = any_cast.quantize(x, any_cast.plan_of(quant), seed=seed if drawn else None)
+        same(q, numerics.quantize(x.cpu(), quant, **drawn).qdata, ("long", quant))
+        count += 1
+    any_cast.LONGEST_ROW, any_cast.WIDE_FROM = 16384, 2**31
+    any_cast._shape.cache_clear()
     check_scales_and_counts(any_cast, device)
     return count
 
@@ -221,7 +232,7 @@ def test_one_sample_is_no_constant() -> None:
     pytest.importorskip("triton")
     from hf_lowprec.kernels.triton import any_cast
 
-    special = {p.name: not p.do_not_specialize for p in any_cast._count_kernel.params if not p.is_constexpr}
+    special = {p.name: not p.do_not_specialize for p in any_cast.count_kernel.params if not p.is_constexpr}
     assert not special["samples"] and not special["sample_stride"]
 
 
@@ -233,17 +244,30 @@ def compile_for_h100() -> list[str]:
     from hf_lowprec.kernels.triton.formats import Constants
 
     done = []
-    kernel = any_cast._any_cast_kernel
-    for quant in (MX[0], MX[16], OTHERS[2], OTHERS[3], OTHERS[7]):
+    long = (96, 64), (64, 1)
+    for quant, (rows, cols), strides, wide in (
+        (MX[0], *long, False), (MX[16], *long, True), (OTHERS[2], *long, False), (OTHERS[3], *long, True),
+        (OTHERS[7], (96, 63), (63, 1), False), (OTHERS[3], (96, 63), (63, 1), True),
+        (OTHERS[3], (96, 64), (1, 96), True), (MX[0], (96, 64), (1, 96), False), (OTHERS[15], (96, 64), (1, 96), True),
+        (OTHERS[15], *long, False), (OTHERS[3], (8, 20000), (20000, 1), False), (OTHERS[13], *long, False),
+        (OTHERS[21], *long, True),
+    ):  # fmt: skip
         plan = any_cast.plan_of(quant)
-        constants = {**plan.constants, "METHOD": plan.method, "VALUES": False, "PARTS": 1, "ROWS": 8, "COLS": 256}
-        constants |= {"amax_ptr": None, "partial_ptr": None}
-        constants |= {"given_ptr" if plan.method else "scale_ptr": None}
+        any_cast.WIDE_FROM = 0 if wide else 2**31
+        size = 2 if quant.format in ("e6m5", "e6m9") else 1
+        codes, dense = plan.method == any_cast.CURRENT, strides == (cols, 1)
+        shape = any_cast._shape(plan, rows, cols, *strides, dense, torch.bfloat16, size, codes)
+        any_cast._shape.cache_clear()
+        turned = shape.kind == "turned words"
+        kernel = any_cast.turned_kernel if turned else any_cast.any_cast_kernel
+        constants = {**shape.constants, "METHOD": plan.method, "VALUES": False, "PARTS": 1}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        if not turned:
+            constants |= {"amax_ptr": None, "partial_ptr": None, "given_ptr" if plan.method else "scale_ptr": None}
         types = {name: "i32" for name in kernel.arg_names if name not in constants}
         scale = "*u8" if quant.scaling.store == "e8m0" else "*fp32"
-        types |= {"x_ptr": "*bf16", "q_ptr": "*u8" if quant.format != "e6m5" else "*i16"}
+        types |= {"x_ptr": "*bf16", "q_ptr": "*i32" if turned else "*i16" if size == 2 else "*u8", "seed_ptr": "*i64"}
         types |= {k: v for k, v in {"scale_ptr": scale, "given_ptr": "*fp32"}.items() if k in types}
-        types["seed_ptr"] = "*i64"
         source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
         ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
         done.append(f"{quant.format} {ptx.count('st.global')}")
@@ -264,7 +288,7 @@ def test_interpreter_agrees_with_numerics() -> None:
 def test_compiles_for_an_h100(tmp_path: object) -> None:
     printed = interpreter.run(__file__, "compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     lines = printed.splitlines()
-    assert len(lines) == 6 and all(int(line.split()[1]) > 0 for line in lines)
+    assert len(lines) == 14 and all(int(line.split()[1]) > 0 for line in lines)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ One family for what `cast` has no kernel for: formats without a dtype, rounding 
 scale per row or per block of k elements along the rows, every scale rule, scales as E8M0.
 
     block     one pass: a tile holds whole blocks, their amax never leaves the registers
-    row       two passes over a row, the second of which finds it in the cache
+    row       a row as a block; of longer rows a second pass, which finds them in the cache
     tensor    an amax of parts, as in `cast`, then the pass that casts; one pass where the scale is given
 
 Input may have any strides, so that a transposed view is quantised along its own rows without a copy; what is written
@@ -15,29 +15,19 @@ is contiguous. Random words go by the index of an element in the matrix as it is
 from __future__ import annotations
 
 import struct
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from hf_lowprec.formats import Format
-from hf_lowprec.kernels.triton.cast import SAMPLES, count_sample, raise_amax
-from hf_lowprec.kernels.triton.formats import (
-    Constants,
-    code_values,
-    codes_of,
-    count_codes,
-    covered,
-    mode_of,
-    nearest,
-    plain,
-    signed_codes,
-)
-from hf_lowprec.kernels.triton.launch import on_its_device
-from hf_lowprec.kernels.triton.quantize import random_words
+from hf_lowprec.kernels.triton.any_kernels import amax_kernel, any_cast_kernel, count_kernel, turned_kernel
+from hf_lowprec.kernels.triton.cast import SAMPLES
+from hf_lowprec.kernels.triton.formats import Constants, covered, cut_fits, mode_of, plain
+from hf_lowprec.kernels.triton.launch import Launcher, integer_key, on_its_device
 from hf_lowprec.numerics.codes import random_bits
 from hf_lowprec.numerics.rounding import magic_fits
 from hf_lowprec.numerics.scaling import scale_shape
@@ -51,203 +41,41 @@ _GRANULARITIES = {"tensor": 0, "row": 1, "block": 2}
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 GIVEN, CURRENT, DELAYED = 0, 1, 2
 _LARGEST_BLOCK = 512
+LONGEST_ROW = 16384  # in registers
+WIDE_FROM = 2**31  # indices of 64 bits
 
 
-@triton.jit
-def _magnitude(x, GROUP: tl.constexpr):
-    """float32 bits of |x|, which are ordered as the numbers; of Inf and NaN 0, unless they count for their GROUP."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    if not GROUP:
-        bits = tl.where(bits >= 0x7F800000, 0, bits)
-    return bits
+class Setting(NamedTuple):
+    """A program's tile. cols: its columns, at least a block. elements: in all, at least a row. each: of a thread."""
+
+    cols: int
+    elements: int
+    each: int
 
 
-@triton.jit
-def _scale_of(bits, SNAP: tl.constexpr, MARGIN: tl.constexpr, E8M0: tl.constexpr, MAN: tl.constexpr,
-              LARGEST: tl.constexpr, TOP_EXP: tl.constexpr, TOP_MAN: tl.constexpr):  # fmt: skip
-    """`numerics.scale_from_amax` of the bits of amaxes."""
-    LIMIT: tl.constexpr = 127 if E8M0 else 126
-    if SNAP == 0:
-        scale = tl.div_rn(bits.to(tl.float32, bitcast=True), LARGEST) * (2.0**MARGIN)
-        scale = tl.where(scale < 2.0**-126, 2.0**-126, tl.where(scale > 2.0**126, 2.0**126, scale))
-    else:
-        # The exponent of a subnormal amax is that of the integer that its bits are.
-        small = bits < 0x800000
-        normal = tl.where(small, bits.to(tl.float32).to(tl.int32, bitcast=True), bits)
-        exponent = (normal >> 23) - tl.where(small, 149, 0) - TOP_EXP
-        fraction = normal & 0x7FFFFF
-        if SNAP == 1:
-            exponent += (fraction > TOP_MAN).to(tl.int32)
-        elif SNAP == 3:
-            exponent += (fraction > 0).to(tl.int32)
-        elif SNAP == 4:
-            exponent += (fraction >= (1 << 23) - (1 << (22 - MAN))).to(tl.int32)
-        exponent += MARGIN
-        exponent = tl.where(exponent < -LIMIT, -LIMIT, tl.where(exponent > LIMIT, LIMIT, exponent))
-        scale = tl.where(exponent < -126, 1 << 22, (exponent + 127) << 23).to(tl.float32, bitcast=True)
-    scale = tl.where(bits > 0, scale, 2.0**-127 if E8M0 else 1.0)
-    return tl.where(bits < 0x7F800000, scale, float("nan"))
-
-
-@triton.jit
-def _stored_scale(scale, E8M0: tl.constexpr):
-    """The scale, or its code in E8M0: the exponent field, which is 0 for 2^-127 and 255 for NaN."""
-    if E8M0:
-        out = ((scale.to(tl.int32, bitcast=True) >> 23) & 0xFF).to(tl.uint8)
-    else:
-        out = scale
-    return out
-
-
-@triton.jit
-def _result(
-    x, scale, index, seed_ptr, DTYPE: tl.constexpr, VALUES: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr,
-    MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr, SUBNORMAL: tl.constexpr, SIGN: tl.constexpr,
-    NAN_CODE: tl.constexpr, NEGATIVE_ZERO: tl.constexpr, LARGEST: tl.constexpr, FAST: tl.constexpr,
-    OVERFLOW: tl.constexpr,
-):  # fmt: skip
-    """Codes of x / scale, or VALUES: those times the scale."""
-    y = x * tl.div_rn(1.0, scale)
-    words = random_words(tl.load(seed_ptr), index) if MODE == 3 else 0
-    if FAST:
-        near = nearest(y, MAN, EMIN, LARGEST, SUBNORMAL)
-        codes = 0 if VALUES else codes_of(near, MAN, EMIN, SUBNORMAL)
-    else:
-        codes = count_codes(y, words, MODE, BITS, MAN, EMIN, MAX_CODE + (OVERFLOW > 0), SUBNORMAL)
-        near = code_values(codes, MAN, EMIN, SUBNORMAL) if VALUES else y
-        if VALUES and OVERFLOW > 0:
-            near = tl.where(codes > MAX_CODE, float("inf") if OVERFLOW == 1 else float("nan"), near)
-    if VALUES:
-        bits = y.to(tl.int32, bitcast=True)
-        size = near.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        sign = bits & -0x80000000
-        if SIGN == 0:
-            size = tl.where(bits < 0, 0, size)
-            sign = sign & 0
-        elif not NEGATIVE_ZERO:
-            sign = tl.where(size == 0, 0, sign)
-        value = (size | sign).to(tl.float32, bitcast=True) * scale
-        if OVERFLOW == 1:  # what is infinite stays so
-            lost = (bits & 0x7FFFFFFF) > 0x7F800000
-        else:
-            lost = (bits & 0x7F800000) == 0x7F800000
-        out = tl.where(lost, float("nan"), value)
-    else:
-        out = signed_codes(codes, y, MAX_CODE, SIGN, NAN_CODE, NEGATIVE_ZERO, OVERFLOW)
-    return out.to(DTYPE)
-
-
-@triton.jit
-def _amax_kernel(x_ptr, partial_ptr, n, per_program, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """partial[p] = largest magnitude of this program's stretch of a contiguous tensor, as bits."""
-    start = tl.program_id(0).to(tl.int64) * per_program
-    here = tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], dtype=tl.int32)
-    for i in range(0, per_program, BLOCK):
-        at = start + i + here
-        x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-        bits = _magnitude(x, GROUP)
-        largest = tl.where(bits > largest, bits, largest)
-    tl.store(partial_ptr + tl.program_id(0), tl.max(largest, 0))
-
-
-# `count_sample` takes no constant for `samples`, which the JIT makes of a 1: of a tensor of one element.
-@triton.jit(do_not_specialize=["samples", "sample_stride"])
-def _count_kernel(x_ptr, counts_ptr, scale_ptr, samples, sample_stride, LARGEST: tl.constexpr, HALF_TINY: tl.constexpr,
-                  E8M0: tl.constexpr, SAMPLES: tl.constexpr):  # fmt: skip
-    scale = tl.load(scale_ptr)
-    if E8M0:
-        exponent = scale.to(tl.int32)
-        scale = tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
-    inverse = tl.div_rn(1.0, scale)
-    count_sample(x_ptr, counts_ptr, 1, 1, samples, sample_stride, inverse, LARGEST, HALF_TINY, True, SAMPLES)
-
-
-@triton.jit
-def _any_cast_kernel(
-    x_ptr, q_ptr, scale_ptr, given_ptr, partial_ptr, amax_ptr, seed_ptr, rows, cols, stride_row, stride_col, groups,
-    GRANULARITY: tl.constexpr, METHOD: tl.constexpr, GROUP: tl.constexpr, VALUES: tl.constexpr,
-    SNAP: tl.constexpr, MARGIN: tl.constexpr, E8M0: tl.constexpr, LARGEST: tl.constexpr, TOP_EXP: tl.constexpr,
-    TOP_MAN: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
-    MAX_CODE: tl.constexpr, SUBNORMAL: tl.constexpr, SIGN: tl.constexpr, NAN_CODE: tl.constexpr,
-    NEGATIVE_ZERO: tl.constexpr, FAST: tl.constexpr, OVERFLOW: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """x [rows, cols] of any strides -> q contiguous. groups: scales of a row (blocks) or 1."""
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    across = 1 if GRANULARITY == 1 else tl.cdiv(cols, COLS)
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    corner = (tl.program_id(0) % across).to(tl.int64) * COLS
-    here = row < rows
-    if GRANULARITY == 1:
-        if METHOD == 0:
-            scale = tl.load(given_ptr + row, mask=here, other=1.0)
-        else:
-            largest = tl.zeros([ROWS, COLS], dtype=tl.int32)
-            for first in range(0, cols, COLS):
-                col = first + tl.arange(0, COLS).to(tl.int64)
-                inside = here[:, None] & (col < cols)[None, :]
-                at = row[:, None] * stride_row + col[None, :] * stride_col
-                bits = _magnitude(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), GROUP)
-                largest = tl.where(bits > largest, bits, largest)
-            scale = _scale_of(tl.max(largest, 1), SNAP, MARGIN, E8M0, MAN, LARGEST, TOP_EXP, TOP_MAN)
-            if scale_ptr is not None:
-                tl.store(scale_ptr + row, _stored_scale(scale, E8M0), mask=here)
-        for first in range(0, cols, COLS):
-            col = first + tl.arange(0, COLS).to(tl.int64)
-            inside = here[:, None] & (col < cols)[None, :]
-            at = row[:, None] * stride_row + col[None, :] * stride_col
-            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            index = row[:, None] * cols + col[None, :]
-            out = _result(x, scale[:, None], index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN, MAX_CODE,
-                          SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST, OVERFLOW)  # fmt: skip
-            tl.store(q_ptr + index, out, mask=inside)
-    else:
-        col = corner + tl.arange(0, COLS).to(tl.int64)
-        inside = here[:, None] & (col < cols)[None, :]
-        at = row[:, None] * stride_row + col[None, :] * stride_col
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        index = row[:, None] * cols + col[None, :]
-        if GRANULARITY == 0:
-            if METHOD == 0:
-                scale = tl.load(given_ptr)
-            else:
-                bits = tl.max(tl.load(partial_ptr + tl.arange(0, PARTS)), 0)
-                scale = _scale_of(bits, SNAP, MARGIN, E8M0, MAN, LARGEST, TOP_EXP, TOP_MAN)
-                if METHOD == 2:
-                    delayed = tl.load(given_ptr)
-                    scale = tl.where(delayed > 0, delayed, scale)
-                if amax_ptr is not None:
-                    if tl.program_id(0) == 0:
-                        raise_amax(amax_ptr, bits.to(tl.float32, bitcast=True))
-            if scale_ptr is not None:
-                if tl.program_id(0) == 0:
-                    tl.store(scale_ptr, _stored_scale(scale, E8M0))
-            out = _result(x, scale, index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL, SIGN,
-                          NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST, OVERFLOW)  # fmt: skip
-        else:
-            COUNT: tl.constexpr = COLS // BLOCK
-            number = corner // BLOCK + tl.arange(0, COUNT).to(tl.int64)
-            place = row[:, None] * groups + number[None, :]
-            there = here[:, None] & (number < groups)[None, :]
-            if METHOD == 0:
-                scale = tl.load(given_ptr + place, mask=there, other=1.0)
-            else:
-                bits = tl.max(tl.reshape(_magnitude(x, GROUP), [ROWS, COUNT, BLOCK]), 2)
-                scale = _scale_of(bits, SNAP, MARGIN, E8M0, MAN, LARGEST, TOP_EXP, TOP_MAN)
-                if scale_ptr is not None:
-                    tl.store(scale_ptr + place, _stored_scale(scale, E8M0), mask=there)
-            spread = tl.broadcast_to(scale[:, :, None], [ROWS, COUNT, BLOCK])
-            out = _result(x, tl.reshape(spread, [ROWS, COLS]), index, seed_ptr, DTYPE, VALUES, MODE, BITS, MAN, EMIN,
-                          MAX_CODE, SUBNORMAL, SIGN, NAN_CODE, NEGATIVE_ZERO, LARGEST, FAST, OVERFLOW)  # fmt: skip
-        tl.store(q_ptr + index, out, mask=inside)
+# By how elements lie: all in one row, along the rows, along the columns (`turned_kernel`: words); rows with a
+# scale each, in one pass or two.
+DEFAULTS = {
+    "flat": Setting(2048, 2048, 16),
+    "lying": Setting(256, 2048, 16),
+    "turned": Setting(32, 2048, 16),
+    "turned words": Setting(128, 4096, 32),
+    "row": Setting(8, 2048, 32),
+    "long row": Setting(1024, 2048, 16),
+}
+# What measurements say otherwise: (how they lie, bytes of an element read, written).
+SETTINGS: dict[tuple[str, int, int], Setting] = {("turned words", 4, 1): Setting(128, 2048, 16)}
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
 
+_any_cast, _turned, _amax = Launcher(any_cast_kernel), Launcher(turned_kernel), Launcher(amax_kernel)
+_ANY_CONSTANTS, _TURNED_CONSTANTS = tuple(any_cast_kernel.arg_names[12:]), tuple(turned_kernel.arg_names[8:])
 
-class AnyPlan(NamedTuple):
-    """A policy in the kernels. method: GIVEN (a constant, too), CURRENT or DELAYED."""
+
+@dataclass(frozen=True, eq=False)
+class AnyPlan:
+    """A policy in the kernels; one object each. method: GIVEN (a constant, too), CURRENT or DELAYED."""
 
     quant: Quant
     format: Format
@@ -287,7 +115,7 @@ def plan_of(quant: Quant) -> AnyPlan | None:
         "BITS": random_bits(rounding, fmt) if rounding.mode == "stochastic" else 0, "MAN": man, "EMIN": emin,
         "MAX_CODE": max_code, "SUBNORMAL": subnormal, "SIGN": sign, "NAN_CODE": nan_code,
         "NEGATIVE_ZERO": negative_zero, "OVERFLOW": _OVERFLOWS[quant.overflow], "BLOCK": block,
-        "FAST": rounding.mode == "nearest" and quant.overflow == "saturate" and magic_fits(fmt),
+        "FAST": quant.overflow == "saturate" and (magic_fits if rounding.mode == "nearest" else cut_fits)(fmt),
     }  # fmt: skip
     method = GIVEN if constant else DELAYED if scaling.method == "delayed" else CURRENT
     return AnyPlan(quant, fmt, method, constants, block)
@@ -321,12 +149,10 @@ def quantize(
     quant, scaling = plan.quant, plan.quant.scaling
     x = x.detach()
     matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    rows, cols = matrix.shape
     if fixed and not plan.format.has_nan:
         raise ValueError(f"{plan.format} has no NaN: its scale comes from the tensor itself")
     method = plan.method
     given, used = None, scale
-    shape = scale_shape(tuple(x.shape), scaling)
     if fixed:
         method, given = GIVEN, scale.float().contiguous()  # type: ignore[union-attr]
     elif method == GIVEN:
@@ -334,7 +160,8 @@ def quantize(
         used = given = torch.full((), 2.0**scaling.exponent, dtype=torch.float32, device=x.device)
         used = used.to(torch.float8_e8m0fnu) if scaling.store == "e8m0" else used
     else:
-        used = torch.empty(shape, dtype=torch.uint8 if scaling.store == "e8m0" else torch.float32, device=x.device)
+        stored = torch.uint8 if scaling.store == "e8m0" else torch.float32
+        used = torch.empty(scale_shape(tuple(x.shape), scaling), dtype=stored, device=x.device)
         if method == DELAYED:
             method, given = (CURRENT, None) if scale is None else (DELAYED, scale)
     partial = None
@@ -346,22 +173,25 @@ def quantize(
     dtype = x.dtype if values else storage_dtype(quant.format)
     qdata = torch.empty(x.shape, dtype=dtype, device=x.device)
     raw = qdata if values else qdata.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize])
-    tile = _tile(plan, matrix)
-    if plan.constants["GRANULARITY"] == 1:
-        programs = triton.cdiv(rows, tile[0])
-    else:
-        programs = triton.cdiv(rows, tile[0]) * triton.cdiv(cols, tile[1])
-    flat = plan.constants["GRANULARITY"] == 0 and matrix.is_contiguous()
-    if flat:  # one long row
-        rows, cols, tile = 1, rows * cols, (1, 2048)
-        programs = triton.cdiv(cols, tile[1])
-    groups = triton.cdiv(cols, plan.block) if plan.constants["GRANULARITY"] == 2 else 1
-    stored = None if method == GIVEN else used
-    _any_cast_kernel[(programs,)](
-        matrix, raw, stored, given, partial, amax, seed, rows, cols, cols if flat else matrix.stride(0),
-        1 if flat else matrix.stride(1), groups, **plan.constants, METHOD=method, VALUES=values,
-        PARTS=1 if partial is None else partial.numel(), ROWS=tile[0], COLS=tile[1], num_warps=4,
+    shape = _shape(
+        plan, *matrix.shape, *matrix.stride(), matrix.is_contiguous(), x.dtype, raw.dtype.itemsize,
+        method == CURRENT and not values,
     )  # fmt: skip
+    written = None if method == GIVEN else used
+    pointers: tuple[Tensor | None, ...]
+    numbers: tuple[int, ...]
+    if shape.kind == "turned words":
+        pointers = matrix, raw.view(torch.int32), written, seed
+        numbers = shape.rows, shape.cols, shape.stride_col, shape.groups
+        launcher, names = _turned, _TURNED_CONSTANTS
+    else:
+        pointers = matrix, raw, written, given, partial, amax, seed
+        numbers = shape.rows, shape.cols, shape.stride_row, shape.stride_col, shape.groups
+        launcher, names = _any_cast, _ANY_CONSTANTS
+    parts = 1 if partial is None else partial.numel()
+    key = (shape, method, values, parts, *[None if t is None else t.data_ptr() % 16 for t in pointers])
+    arguments = (*pointers, *numbers, *_arguments(shape, names, method, values, parts))
+    launcher(key, x.get_device(), (shape.programs, 1, 1), arguments, num_warps=shape.warps)
     assert used is not None
     if counts is not None and used.numel() == 1:
         _count(matrix, given if method == GIVEN else used, plan.format, counts)
@@ -370,14 +200,60 @@ def quantize(
     return qdata, used
 
 
-def _tile(plan: AnyPlan, matrix: Tensor) -> tuple[int, int]:
-    """(rows, columns) of a program: long along what lies together in memory."""
-    least = plan.block
-    if matrix.stride(1) != 1 and matrix.stride(0) == 1:
-        return max(8, min(64, 2048 // max(32, least))), max(32, least)
-    if plan.constants["GRANULARITY"] == 1:
-        return 2, min(1024, triton.next_power_of_2(matrix.shape[1]))
-    return max(1, 2048 // max(256, least)), max(256, least)
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """The matrix as the kernel sees it, and how it is cut into programs; one object each."""
+
+    kind: str
+    rows: int
+    cols: int
+    stride_row: int
+    stride_col: int
+    groups: int
+    programs: int
+    warps: int
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _shape(
+    plan: AnyPlan, rows: int, cols: int, stride_row: int, stride_col: int, dense: bool, dtype: torch.dtype, size: int,
+    codes: bool,
+) -> _Shape:  # fmt: skip
+    """dense: contiguous. size: bytes of an element that is written. codes: that and scales of its own are all that is
+    wanted."""
+    granularity, block = plan.constants["GRANULARITY"], plan.block
+    if granularity == 0 and dense:
+        kind, rows, cols, stride_row, stride_col = "flat", 1, rows * cols, rows * cols, 1
+    elif stride_col != 1 and stride_row == 1:
+        words = granularity == 2 and codes and size == 1 and cols % 4 == 0 and block % 4 == 0
+        kind = "turned words" if words else "turned"
+    elif granularity != 1:
+        kind = "lying"
+    elif cols <= LONGEST_ROW:
+        kind, granularity, block = "row", 2, triton.next_power_of_2(cols)
+    else:
+        kind = "long row"
+    setting = SETTINGS.get((kind, dtype.itemsize, size), DEFAULTS[kind])
+    width = max(setting.cols, block)
+    tall = max(1, setting.elements // width)
+    warps = max(1, min(16, tall * width // (32 * setting.each)))
+    reach = max(rows * cols, rows * stride_row + cols * stride_col) + tall * max(cols, stride_row) + width * stride_col
+    constants = {
+        **plan.constants, "GRANULARITY": granularity, "BLOCK": block, "ROWS": tall, "COLS": width,
+        "WIDE": reach >= WIDE_FROM, "EVEN": rows % tall == 0 and cols % width == 0,
+        "EACH": 8 if stride_col == 1 and cols % 8 == 0 and width % 8 == 0 else 1,
+    }  # fmt: skip
+    groups = triton.cdiv(cols, block) if granularity == 2 else 1
+    programs = triton.cdiv(rows, tall) * (1 if granularity == 1 else triton.cdiv(cols, width))
+    return _Shape(kind, rows, cols, stride_row, stride_col, groups, programs, warps, constants)
+
+
+@lru_cache(maxsize=4096)
+def _arguments(shape: _Shape, names: tuple[str, ...], method: int, values: bool, parts: int) -> tuple[Any, ...]:
+    """The kernel's constants in its order."""
+    constants = {**shape.constants, "METHOD": method, "VALUES": values, "PARTS": parts}
+    return tuple(constants[name] for name in names)
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -393,7 +269,7 @@ def _count(matrix: Tensor, scale: Tensor | None, fmt: Format, counts: Tensor) ->
     samples = triton.cdiv(flat.numel(), every)
     e8m0 = scale.dtype != torch.float32
     raw = scale.view(torch.uint8) if e8m0 else scale
-    _count_kernel[(triton.cdiv(samples, 8 * SAMPLES),)](
+    count_kernel[(triton.cdiv(samples, 8 * SAMPLES),)](
         flat, counts, raw, samples, every, LARGEST=fmt.max, HALF_TINY=fmt.tiny / 2, E8M0=e8m0, SAMPLES=SAMPLES
     )
 
@@ -404,5 +280,6 @@ def _partials(matrix: Tensor, group: bool) -> Tensor:
     partial = torch.empty(PARTIALS, dtype=torch.int32, device=matrix.device)
     n = flat.numel()
     per_program = triton.cdiv(n, PARTIALS * 1024) * 1024
-    _amax_kernel[(PARTIALS,)](flat, partial, n, per_program, GROUP=group, BLOCK=1024, num_warps=4)
+    key = (flat.dtype, flat.data_ptr() % 16, integer_key(n), integer_key(per_program), group)
+    _amax(key, flat.get_device(), (PARTIALS, 1, 1), (flat, partial, n, per_program, group, 1024), num_warps=4)
     return partial

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from hf_lowprec.formats import Codebook, Format, get_format
+from hf_lowprec.kernels.triton.ptx import add_down
 from hf_lowprec.numerics.codes import F32, carrier_of
 from hf_lowprec.recipe import Quant, Scaling
 
@@ -52,6 +53,14 @@ def covered(fmt: str | Format | Codebook) -> Format | None:
     return fmt
 
 
+def cut_fits(fmt: Format) -> bool:
+    """Whether `cut` has the format: signed, within float32's normal numbers, or all of float32 with fewer bits."""
+    whole = fmt.emin == -126 and fmt.subnormal == "gradual"
+    return (
+        fmt.signed and fmt.subnormal != "normal0" and fmt.man >= 1 and (whole or fmt.emin > -126) and fmt.emax <= 127
+    )
+
+
 def plain(quant: Quant) -> bool:
     """Whether format, rounding, overflow and these fields of its scaling say all of a policy: what kernels know.
 
@@ -86,6 +95,35 @@ def keys_of(seed):
     """`numerics.seed_keys` of an int64."""
     k0 = mix(seed.to(tl.uint32) ^ 0x9E3779B9)
     return k0, mix((seed >> 32).to(tl.uint32) ^ k0)
+
+
+@triton.jit
+def word_keys(seed):
+    """(early, late) of an int64, for `hashed`.
+
+    h ^ (h >> 16) and h ^ (h >> 15) are linear over xor, so that a key goes in before them or after, folded by itself.
+    """
+    k0, k1 = keys_of(seed)
+    return k0 ^ (k0 >> 16), k1 ^ (k1 >> 15)
+
+
+@triton.jit
+def hashed(h, late):
+    """`numerics.counter_hash` up to its last step: h = i ^ (i >> 16) ^ early, uint32, of an index below 2^32."""
+    h *= 0x7FEB352D
+    h ^= (h >> 15) ^ late
+    return h * 0x846CA68B
+
+
+@triton.jit
+def low_bits(h, BITS: tl.constexpr, SHIFT: tl.constexpr):
+    """The last step, of which the low BITS, times 2^SHIFT, int32."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) << SHIFT
+    if SHIFT <= 16:  # shifted before it is cut out: one instruction less
+        word = ((h << SHIFT) ^ (h >> (16 - SHIFT))) & MASK
+    else:
+        word = ((h ^ (h >> 16)) << SHIFT) & MASK
+    return word.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -140,32 +178,59 @@ def count_codes(x, words, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.conste
 
 
 @triton.jit
-def nearest(x, MAN: tl.constexpr, EMIN: tl.constexpr, LARGEST: tl.constexpr, SUBNORMAL: tl.constexpr):
-    """The nearest values by the FPU (`numerics.rounding`), for formats of `magic_fits`: a third of the instructions of
-    `count_codes`. Saturates; the sign of a zero, Inf and NaN are the caller's."""
+def nearest(size, MAN: tl.constexpr, EMIN: tl.constexpr, LARGEST: tl.constexpr, SUBNORMAL: tl.constexpr):
+    """The nearest values to |x| by the FPU (`numerics.rounding`), for formats of `magic_fits`: a third of the
+    instructions of `count_codes`. Saturates; signs, Inf and NaN are the caller's."""
     C: tl.constexpr = 1.5 * 2.0 ** (23 - MAN)
-    r = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    r = tl.minimum(size, LARGEST)
     power = (r.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     if SUBNORMAL == 0:
         power = tl.maximum(power, 2.0**EMIN)
     r = tl.fma(power, C, r)
     r = tl.fma(power, -C, r)
     if SUBNORMAL == 1:
-        r = tl.where(tl.abs(r) < 2.0**EMIN, 0.0, r)
+        r = tl.where(r < 2.0**EMIN, 0.0, r)
     return r
 
 
 @triton.jit
+def cut(size, h, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
+        LARGEST: tl.constexpr, SUBNORMAL: tl.constexpr):  # fmt: skip
+    """|x| rounded in other modes, for formats of `cut_fits`: an addition below the last kept bit, the rest dropped.
+
+    Below the lowest normal binade 2^emin is added, cut off, and taken away again: there its units are the format's.
+    Saturates; signs, Inf and NaN are the caller's. h: of `hashed`.
+    """
+    UNIT: tl.constexpr = 1 << (23 - MAN)
+    LIFT: tl.constexpr = SUBNORMAL == 0 and EMIN > -126
+    if LIFT:
+        low = tl.where(size < 2.0**EMIN, 2.0**EMIN, 0.0)
+        units = add_down(size, low).to(tl.int32, bitcast=True)
+    else:
+        units = size.to(tl.int32, bitcast=True)
+    if MODE == 1:
+        units += UNIT // 2
+    elif MODE == 3:
+        units += low_bits(h, BITS, 23 - MAN - BITS)
+    r = (units & -UNIT).to(tl.float32, bitcast=True)
+    if LIFT:
+        r -= low
+    elif SUBNORMAL == 1:
+        r = tl.where(r < 2.0**EMIN, 0.0, r)
+    return tl.minimum(r, LARGEST)
+
+
+@triton.jit
 def codes_of(values, MAN: tl.constexpr, EMIN: tl.constexpr, SUBNORMAL: tl.constexpr):
-    """Codes without sign of values that `nearest` gave."""
+    """Codes without sign of values that `nearest` or `cut` gave."""
     DROP: tl.constexpr = 23 - MAN
     if SUBNORMAL == 0:
         # So that the format's subnormals are float32's. Exact, and no product is flushed.
-        moved = tl.abs(values) * (2.0 ** (-126 - EMIN))
+        moved = values * (2.0 ** (-126 - EMIN))
         codes = moved.to(tl.int32, bitcast=True) >> DROP
     else:
         OFFSET: tl.constexpr = (EMIN + 126) << MAN
-        units = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        units = values.to(tl.int32, bitcast=True)
         codes = tl.where(units == 0, 0, (units >> DROP) - OFFSET)
     return codes
 

@@ -121,6 +121,33 @@ def reciprocal(x):
 
 
 @triton.jit
+def add_down(a, b):
+    """a + b rounded toward zero, for 0 <= a <= b and for b = 0."""
+    if INTERPRETED:
+        near = a + b
+        bits = near.to(tl.int32, bitcast=True) - ((b > 0) & (near - b > a)).to(tl.int32)
+        out = bits.to(tl.float32, bitcast=True)
+    else:
+        out = tl.inline_asm_elementwise(
+            "add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
+def fma_flushed(a, b, c):
+    """a b + c, 0 where it or an operand is no normal number; the interpreter rounds the product as well."""
+    if INTERPRETED:
+        out = a * b + c
+        out = tl.where(tl.abs(out) < 2.0**-126, 0.0, out)
+    else:
+        out = tl.inline_asm_elementwise(
+            "fma.rn.ftz.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
 def larger_magnitude(a, b):
     """max(|a|, |b|), NaN if one is. (`tl.maximum` beside stores of bytes is miscompiled, triton-lang/triton#11111.)"""
     if INTERPRETED:
@@ -179,6 +206,33 @@ def high_halves(even, odd):
         out = tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [even, odd], dtype=tl.int32, is_pure=True, pack=1
         )
+    return out
+
+
+@triton.constexpr_function
+def _high_text(BITS, SPARE):
+    """PTX that joins the highest BITS of two or four int32, and shifts each of these down by SPARE - 32 + BITS."""
+    down = SPARE - 32 + BITS
+    mask = ((1 << (BITS - down)) - 1) * (0x01010101 if BITS == 8 else 0x00010001)
+    text = "{ .reg .b32 s, t; "
+    if BITS == 8:
+        text += "prmt.b32 s, $1, $2, 0x73; prmt.b32 t, $3, $4, 0x73; prmt.b32 s, s, t, 0x5410; "
+    else:
+        text += "prmt.b32 s, $1, $2, 0x7632; "
+    return text + (f"shr.u32 s, s, {down}; and.b32 s, s, {mask}; " if down else "") + "mov.b32 $0, s; }"
+
+
+@triton.jit
+def high_bits(x, BITS: tl.constexpr, SPARE: tl.constexpr):
+    """x >> SPARE of int32, logically, as int8 or int16 by BITS; no more than BITS are left."""
+    if INTERPRETED:
+        out = (x >> SPARE).to(tl.int8 if BITS == 8 else tl.int16)
+        out &= (1 << (32 - SPARE)) - 1 if SPARE > 32 - BITS else -1
+    else:
+        out = tl.inline_asm_elementwise(
+            _high_text(BITS, SPARE), "=r,r,r,r,r" if BITS == 8 else "=r,r,r", [x],
+            dtype=tl.int8 if BITS == 8 else tl.int16, is_pure=True, pack=32 // BITS,
+        )  # fmt: skip
     return out
 
 
