@@ -265,6 +265,17 @@ def test_a_graph_that_runs_twice(watched: Watched) -> None:
     assert all(same_bits(first[name], grad) for name, grad in gradients(model).items())
 
 
+def test_two_graphs_at_a_time() -> None:
+    """Forward, forward, backward, backward: what one makes is not what the other reads."""
+    grads = []
+    for model in pair(EXACT["te-delayed"]):
+        losses = [loss_of(model, token_ids(2, 9, seed=seed)) for seed in range(2)]
+        losses[0].backward()
+        losses[1].backward()
+        grads.append(gradients(model))
+    assert all(same_bits(a, b) for a, b in zip(*(g.values() for g in grads), strict=True))
+
+
 class Block(nn.Module):
     """A norm, its readers in an order that can be chosen, and no attention."""
 
