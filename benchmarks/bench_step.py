@@ -106,12 +106,12 @@ def recipe_argument(contender: Contender) -> str:
     """What to pass as `mixed_precision`: a name, or a recipe file where the case changes a field."""
     if not contender.ours:  # bf16 weights: autocast would only add casts
         return "no" if contender.dtype == "bf16" else BASELINE
-    if contender.weight_cache is None:
+    if not contender.changes:
         return contender.name
     from hf_lowprec.presets import get_recipe
 
-    changed = get_recipe({**get_recipe(contender.name).to_dict(), "weight_cache": contender.weight_cache})
-    path = SCRATCH / f"{contender.name}-{contender.weight_cache}.yaml"
+    changed = get_recipe({**get_recipe(contender.name).to_dict(), **contender.changes})
+    path = SCRATCH / f"{'-'.join((contender.name, *contender.changes.values()))}.yaml"
     path.write_text(changed.to_yaml())
     return str(path)
 

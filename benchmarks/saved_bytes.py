@@ -11,7 +11,7 @@ run, norms through their plain-torch truth; attention is torch's flash kernel fo
 output and one float32 number per row and head, as flash and cuDNN on a GPU do.
 
 Cases are name@dtype of the weights; bf16 is stock transformers under bf16 autocast; `+saved=bf16` is the recipe with
-gate and up kept as they are instead of in its `saved` format.
+gate and up kept as they are instead of in its `saved` format, `+remade` the recipe with `saved_inputs: remade`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from typing import Any
 from environment import environment
 from harness import BASELINE, RESULTS, parse_recipe, write_results
 
-CASES = ("bf16@bf16", "bf16", "te-current@bf16", "fp8-lm+saved=bf16@bf16", "fp8-lm@bf16", "fp8-lm")
+CASES = (
+    "bf16@bf16", "bf16", "te-current@bf16", "te-current+remade@bf16", "fp8-lm+saved=bf16@bf16",
+    "fp8-lm+saved=bf16+remade@bf16", "fp8-lm@bf16", "fp8-lm+remade@bf16", "fp8-lm", "fp8-lm+remade",
+)  # fmt: skip
 TOKENS = 64
 
 
@@ -54,11 +57,12 @@ def convert(model: Any, recipe: Any) -> None:
             state.emulate = True  # norms: as on a GPU, not their own forward
 
 
-def formula(ffn: float, kv: float, head: int, stream: int, hidden: float) -> float:
+def formula(ffn: float, kv: float, head: int, stream: int, hidden: float, remade: bool = False) -> float:
     """What a recipe's block keeps, in U. ffn: FFN / hidden; kv: key-value heads / heads; head: elements of a head;
-    stream: bytes of the residual stream's elements; hidden: bytes of gate's and up's as they are kept."""
+    stream: bytes of the residual stream's elements; hidden: bytes of gate's and up's as they are kept; remade: no
+    linear keeps its input."""
     norms = 2 * stream / 2  # their inputs
-    inputs = 3 * 1 / 2 + ffn / 2  # of q/k/v, o, gate/up and down, one byte each
+    inputs = 0 if remade else 3 * 1 / 2 + ffn / 2  # of q/k/v, o, gate/up and down, one byte each
     attention = 2 + 2 * kv + 4 / (2 * head)  # q, output, k, v, and a float32 per row and head
     return norms + inputs + attention + 2 * ffn * hidden / 2
 
@@ -102,11 +106,14 @@ def measure(case: str, width: int) -> dict[str, Any]:
     from hf_lowprec.presets import get_recipe
 
     name, dtype = parse_recipe(case)
-    name, _, saved = name.partition("+saved=")
+    name, *options = name.split("+")
+    if not set(options) <= {"saved=bf16", "remade"}:
+        raise ValueError(f"{case!r}: options are saved=bf16 and remade")
     model = build(width, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     if name != BASELINE:
-        recipe = get_recipe(name)
-        convert(model, replace(recipe, saved=None, name=f"{name}-saved-bf16") if saved == "bf16" else recipe)
+        changes: dict[str, Any] = {"saved": None} if "saved=bf16" in options else {}
+        changes |= {"saved_inputs": "remade"} if "remade" in options else {}
+        convert(model, replace(get_recipe(name), **changes))
     block = model.layers[0]
     kept = Saved(block)
     x = torch.randn(1, TOKENS, width, dtype=next(model.parameters()).dtype, requires_grad=True)

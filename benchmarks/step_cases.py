@@ -14,6 +14,7 @@ options  liger                     liger-kernel's RMSNorm, SwiGLU, rope and fuse
          compile                   Accelerator(dynamo_backend="inductor")
          liger-loss                ours with liger-kernel's fused linear cross-entropy alone (HF_LOWPREC_LIGER=1)
          one, none                 ours with that many cached layouts of the low-precision weights instead of both
+         remade                    ours with `saved_inputs: remade`
          nofuse                    ours without fused norms, GLUs and shared inputs (HF_LOWPREC_FUSE=0)
          8bit, compact, ...        ours with these optimizer states in place of the recipe's
 """
@@ -41,7 +42,7 @@ CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "te-current@bf16+8bit", "fp8-lm@bf16+liger-loss+one", "te-current@bf16+compact+liger-loss+none",
         "te-delayed", "fp8-amax", "fp8-lm-o1", "te-current@bf16", "fp8-lm@bf16+nofuse", "bf16@bf16", "bf16+compile",
         "torchao", "torchao-rowwise+compile", "torchao-rowwise", "te-current+compile", "bf16@bf16+liger",
-        "torchao@bf16+compile", "fp8-lm@bf16+compile",
+        "torchao@bf16+compile", "fp8-lm@bf16+compile", "fp8-lm@bf16+remade", "te-current@bf16+remade",
     )),
     ("1b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm", "te-current", "bf16+liger", "torchao", "torchao+compile",
                         "fp8-lm+compile", "te-delayed", "fp8-amax")),
@@ -57,7 +58,7 @@ MICRO = (
 )
 
 PEERS = ("torchao", "torchao-rowwise")
-_SWITCHES = ("liger", "compile", "liger-loss", "one", "none", "nofuse")
+_SWITCHES = ("liger", "compile", "liger-loss", "one", "none", "nofuse", "remade")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Contender:
     def weight_cache(self) -> str | None:
         return next((option for option in ("one", "none") if option in self.options), None)
 
+    @property
+    def changes(self) -> dict[str, str]:
+        """Fields of the recipe that the case changes."""
+        out = {} if self.weight_cache is None else {"weight_cache": self.weight_cache}
+        return out | ({"saved_inputs": "remade"} if "remade" in self.options else {})
+
 
 def parse(text: str) -> Contender:
     """Raises ValueError for a dtype, or a combination, that means nothing."""
@@ -84,7 +91,7 @@ def parse(text: str) -> Contender:
     contender = Contender(name, dtype or "fp32", frozenset(options) - set(states), states[0] if states else None)
     if contender.dtype not in ("fp32", "bf16") or len(states) > 1:
         raise ValueError(f"{text!r}: weights are loaded in fp32 or bf16, states are named once")
-    own = {"liger-loss", "one", "none", "nofuse"} & contender.options
+    own = {"liger-loss", "one", "none", "nofuse", "remade"} & contender.options
     if (own or states) and not contender.ours:
         raise ValueError(f"{text!r}: {', '.join([*own, *states])} belongs to recipes of ours")
     if "liger" in contender.options and contender.ours:

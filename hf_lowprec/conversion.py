@@ -24,6 +24,7 @@ from hf_lowprec.describe import FP8_SINCE, INT8_SINCE, MX_SINCE, native_since, r
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.flexible import Flexible, flexible_class
 from hf_lowprec.modules.linear import LowPrecMixin, original_class, set_class
+from hf_lowprec.modules.sharing import share_input
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Recipe
 from hf_lowprec.report import ConversionReport
@@ -164,6 +165,8 @@ def convert(
             state.least = least * weight_of(module).shape[0 if kn else 1]
             report.least_tokens[name] = least
         layers[name] = state
+        if state.spec.remade:
+            share_input([state])
         module._lowprec = state  # type: ignore[assignment]
         set_class(module, _class_for(module, chosen))
     if rule is not None:

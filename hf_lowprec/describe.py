@@ -159,6 +159,8 @@ def policy_rows(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.quantises_gemms:
         rows.append(("saved by MLPs", _saved_words(recipe)))
         rows.append(("weight casts", _weight_cache_words(recipe)))
+        if recipe.saved_inputs == "remade":
+            rows.append(("saved by linears", _remade_words(recipe)))
     rows.append(("base precision", f"{base_name(recipe)}: everything that no slot names"))
     if recipe.quantises_gemms:
         rows.append(("stays high", stays_high(recipe)))
@@ -186,6 +188,13 @@ def _sum_words(recipe: Recipe, gemm: Gemm) -> str:
 def _saved_words(recipe: Recipe) -> str:
     """What fused MLPs keep of gate and up; linears save their quantised input in any case."""
     return quant_words(recipe.saved, "gate and up as they are computed") + "; by MLPs that are fused"
+
+
+def _remade_words(recipe: Recipe) -> str:
+    words = "no input that a fused norm, a fused MLP or attention makes: cast again in backward with forward's scale"
+    if recipe.saved is None:
+        return words
+    return f"{words}; of an MLP's product the codes are those of gate and up as they are saved, not forward's"
 
 
 def _state_rows(states: States | None) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ operand read it in the same form, it is quantised once, in the two layouts that 
 
     input         both layouts in forward. The transposed one is what is saved for backward: one byte an element, as
                   the other would be, and backward need not transpose (4 bytes an element moved in all instead of 5).
+                  One that comes with a source (`Quantized.source`) is not saved: backward makes it of that again.
     grad_output   both layouts in backward.
                   Where wgrad quantises nothing else, the codes of fprop are saved as they are and read back.
     weight        cached by the caller from optimizer step to optimizer step (`weight`), or cast in forward and once
@@ -100,6 +101,7 @@ def linear(
         bias: [N] or None.
         ready: of each state, whether the host knows that the delayed scale is not 0 (`ops.quantize`).
         quantized: Q(input) as [rows, K]; needs `spec.common_input`. The input is read for a base-precision wgrad only.
+            With a source, which needs `spec.shared_input`, its tensors are saved for backward instead of codes.
         quantized_weight: Q(weight) in the weight's own layout, from an earlier call; needs `spec.shared_weight`.
         sum_seeds: of fprop, dgrad and wgrad, 0-dim int64, where their sums round stochastically.
 
@@ -181,10 +183,17 @@ class _Linear(torch.autograd.Function):
             )  # fmt: skip
 
         saved_x = saved_x_scale = None
+        sources: tuple[Tensor | None, ...] = ()
         if keep_input:
             if spec.shared_input:
                 assert x is not None
-                saved_x, saved_x_scale = x.columns, x.scale
+                saved_x_scale = x.scale
+                if x.source is None:
+                    saved_x = x.columns
+                else:  # and the seed, so that a step that changes it before backward is noticed
+                    ctx.remake, sources = x.source
+                    ctx.remake.readers += 1
+                    saved_x = call.input_state.seed
             elif spec.wgrad_input is None:
                 saved_x = input.reshape(-1, input.shape[-1]).to(dtype)
             elif spec.kept_input:
@@ -194,7 +203,8 @@ class _Linear(torch.autograd.Function):
                 flat = input.reshape(-1, input.shape[-1])
                 saved_x, saved_x_scale = _quantize(flat.t(), spec.wgrad_input, call.input_state, x is None)
         kept_scale = w_scale if spec.shared_weight else None
-        ctx.save_for_backward(saved_x, saved_x_scale, kept_scale, weight if trains_input and w is None else None)
+        kept_weight = weight if trains_input and w is None else None
+        ctx.save_for_backward(saved_x, saved_x_scale, kept_scale, kept_weight, *sources)
         # Not saved tensors: backward writes to the states, and a layer that ran twice would find them "modified in
         # place"; a cached weight is no activation, which a hook on saved tensors would move to the CPU, say.
         ctx.call = call
@@ -205,10 +215,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @first_order  # the gradient of a cast is not its straight-through estimate: refuse, do not guess
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved_x, x_scale, w_scale, weight = ctx.saved_tensors
+        saved_x, x_scale, w_scale, weight, *sources = ctx.saved_tensors
         call: _Call = ctx.call
         spec = call.spec
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if sources and needs_weight:  # before dgrad: what it takes for a while is gone when that needs memory
+            saved_x = ctx.remake.columns(sources, spec.wgrad_input, x_scale, saved_x)
         grad_input = grad_weight = grad_bias = None
 
         g = None

@@ -65,6 +65,9 @@ def fuse(
         reason = reason or _fuse_norm(modules[name])
         if reason is None:
             report.norms[name] = norm.readers
+            if recipe.saved_inputs == "remade":
+                _let_remake(modules[name], [layers[reader] for reader in norm.readers])
+                report.remade.update(dict.fromkeys(norm.readers, f"by {name}"))
             if not norm.readers:
                 report.unread[name] = norm.why
         else:
@@ -73,8 +76,23 @@ def fuse(
         reason = reason_to_leave(name) or _fuse_mlp(modules[name], parts, recipe)
         if reason is None:
             report.mlps[name] = formula(parts)
+            if recipe.saved_inputs == "remade":
+                down = _within(layers, f"{name}.{parts.down}" if name else parts.down)
+                held = "" if recipe.saved is None else " as they are kept"
+                report.remade.update(dict.fromkeys(down, f"from gate and up{held}"))
         else:
             report.unfused_mlps[name] = reason
+
+
+def _let_remake(norm: nn.Module, readers: Sequence[LayerState]) -> None:
+    """What `norm` offers is found by all members of a group."""
+    groups = {id(reader.shared): reader for reader in readers}
+    norm._lowprec_norm.readers = tuple(groups.values())  # type: ignore[union-attr]
+
+
+def _within(layers: Mapping[str, LayerState], name: str) -> list[str]:
+    """The converted linear of that name, or the one inside an adapter's layer."""
+    return [own for own in (name, f"{name}.base_layer") if own in layers]
 
 
 def _fuse_norm(module: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,17 +29,69 @@ class OperandState(NamedTuple):
     seed: Tensor | None
 
 
+class Remake:
+    """The transposed codes of a tensor, made again in backward, once for all linears that read it.
+
+    make: the tensor [..., C] as forward had it, out of the tensors of its `Source`. It holds none of them itself:
+        autograd does, so that its hooks and its check of versions see them.
+    readers: linears whose backward will ask.
+    """
+
+    def __init__(self, make: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        self.readers = 0
+        self._make = make
+        self._left = 0
+        self._columns: Tensor | None = None
+
+    def columns(self, tensors: Sequence[Tensor], quant: str, scale: Tensor, seed: Tensor | None) -> Tensor:
+        """[C, R rounded up to 16], cast with the scale of forward; nothing is noted or counted. In backward only.
+
+        Raises RuntimeError: the memory of one of the tensors was freed since forward (by FSDP).
+        """
+        columns = self._columns
+        if columns is None:
+            if any(t is not None and t.numel() and not t.untyped_storage().nbytes() for t in tensors):
+                raise RuntimeError(
+                    "saved_inputs 'remade': a norm's weight is freed before its linears' backward. Shard a norm "
+                    "together with the linears that read it, or train with saved_inputs 'codes'"
+                )
+            _, columns, _ = ops.cast_transpose(
+                self._make(tensors), quant, scale, fixed=True, seed=seed, rows=False, columns=True
+            )
+            self._left = self.readers
+            if self._left > 1:
+                self._columns = columns
+                # For readers that this backward pass does not reach.
+                torch.autograd.Variable._execution_engine.queue_callback(self.drop)
+        self._left -= 1
+        if not self._left:
+            self.drop()
+        return columns
+
+    def drop(self) -> None:
+        self._columns = None
+
+
+class Source(NamedTuple):
+    """What a tensor is made of again in backward (`Recipe.saved_inputs`); None among the tensors is passed on."""
+
+    remake: Remake
+    tensors: tuple[Tensor | None, ...]
+
+
 class Quantized(NamedTuple):
     """A quantised matrix [R, C], x ~ qdata * scale, in one or both of the layouts that GEMMs read.
 
     qdata: [R, C] contiguous, or None where nobody reads it.
     scale: 0-dim float32, or [R, 1] (without `transposed`).
     transposed: [C, R rounded up to 16] contiguous, with zeros at the end, or None where it was not made.
+    source: what backward makes `transposed` of again, so that nobody keeps it.
     """
 
     qdata: Tensor | None
     scale: Tensor
     transposed: Tensor | None = None
+    source: Source | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -69,6 +122,7 @@ class LinearSpec(NamedTuple):
     base: of fprop, dgrad and wgrad, whether it runs in the base precision, one operand quantised or none.
     common_input: linears that read one tensor can quantise it once (`modules.sharing`).
     accumulation: of fprop, dgrad and wgrad: an `ops.accumulation_key`, empty for float32 sums.
+    remade: no codes of the input are kept where backward can make them again; needs `shared_input`.
     """
 
     fprop_input: str | None
@@ -87,6 +141,7 @@ class LinearSpec(NamedTuple):
     base: tuple[bool, bool, bool]
     common_input: bool
     accumulation: tuple[str, str, str] = ("", "", "")
+    remade: bool = False
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, *, weight_is_kn: bool = False, emulate: bool = False) -> LinearSpec:
@@ -130,6 +185,7 @@ class LinearSpec(NamedTuple):
             accumulation=tuple(  # type: ignore[arg-type]
                 ops.accumulation_key(gemm.accumulation) for gemm in (recipe.fprop, recipe.dgrad, recipe.wgrad)
             ),
+            remade=recipe.saved_inputs == "remade",
         )
 
 

@@ -28,6 +28,8 @@ class ConversionReport:
     norms, unfused_norms: norm -> the converted linears that read it; or -> why it runs unfused.
     unread: fused norm -> why it has no such linears.
     mlps, unfused_mlps: MLP -> what it computes; or -> why it runs unfused.
+    remade: linear that keeps no codes of its input -> what backward makes them of (`Recipe.saved_inputs`). Attention
+        is not among these: which of its kernels runs is known at a call.
     untraced: model or part of it -> why nobody knows which of its modules read the same tensors.
     emulated, why_emulated: whether GEMMs are computed slowly, and why that is so although nobody asked for it.
     least_tokens: converted linear -> rows of its input below which a call runs in the base precision.
@@ -50,6 +52,7 @@ class ConversionReport:
     unread: dict[str, str] = field(default_factory=dict)
     mlps: dict[str, str] = field(default_factory=dict)
     unfused_mlps: dict[str, str] = field(default_factory=dict)
+    remade: dict[str, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
     least_tokens: dict[str, int] = field(default_factory=dict)
     measured_on: str | None = None
@@ -156,6 +159,11 @@ class ConversionReport:
         lines += [f"  fused MLP: {words}" for words in _kinds(f"{name} = {what}" for name, what in self.mlps.items())]
         for reason, names in _grouped({**self.unfused_norms, **self.unfused_mlps}).items():
             lines += [f"  unfused, {reason}: {words}" for words in _kinds(names)]
+        if self.recipe.saved_inputs == "remade":
+            made = (f"{name}, {how}" for name, how in self.remade.items())
+            lines += [f"  input made again in backward: {words}" for words in _kinds(made)]
+            kept = (name for name in self.converted if name not in self.remade)
+            lines += [f"  input kept as codes unless attention keeps it: {words}" for words in _kinds(kept)]
         lines += [f"  structure of {name} not found: {reason}" for name, reason in self.untraced.items()]
         return lines
 

@@ -118,17 +118,19 @@ class Session:
             raise ValueError(
                 f"the checkpoint's low-precision state names a recipe that is not known here: {error}"
             ) from None
-        theirs = replace(theirs, weight_cache=self.recipe.weight_cache)  # changes no number
-        if theirs != self.recipe:
-            reusable = theirs.states == self.recipe.states
+        mine, theirs = self.recipe, replace(theirs, weight_cache=self.recipe.weight_cache)  # changes no number
+        if mine.saved is None:  # nor then does what backward makes again
+            mine, theirs = replace(mine, saved_inputs="codes"), replace(theirs, saved_inputs="codes")
+        if theirs != mine:
+            reusable = theirs.states == mine.states
             way = (
                 "drop the key 'hf_lowprec' of the optimizer's state dict to start new scales"
                 if reusable
                 else "load the weights and start a new optimizer (its states are of other formats)"
             )
             raise ValueError(
-                f"the checkpoint was written with recipe {theirs.name!r}, the model trains with {self.recipe.name!r}"
-                f"{self.recipe.difference(theirs)}; resume with the same recipe, or {way}"
+                f"the checkpoint was written with recipe {theirs.name!r}, the model trains with {mine.name!r}"
+                f"{mine.difference(theirs)}; resume with the same recipe, or {way}"
             )
         self.scaling.check(state.get("layers"))
         if self.gradients is not None:

@@ -25,6 +25,23 @@ def test_a_block_keeps_what_the_formula_says(case: str, stream: int, hidden: flo
     assert expected <= found["total_u"] <= expected + 0.02, found["tensors"]
 
 
+@pytest.mark.parametrize(("case", "stream", "hidden", "asked"), [
+    ("fp8-lm+remade@bf16", 2, 1, 8.0), ("fp8-lm+saved=bf16+remade@bf16", 2, 2, 11.5),
+    ("te-current+remade@bf16", 2, 2, 11.5), ("fp8-lm+remade", 4, 1, 10.0),
+])  # fmt: skip
+def test_a_block_that_makes_inputs_again(case: str, stream: int, hidden: float, asked: float) -> None:
+    """Elements in one or two bytes as asked for; beside them attention's float32 number per row and head (1/64), which
+    that count leaves out, a number per row for each norm, and scales."""
+    pytest.importorskip("transformers")
+    from saved_bytes import formula, measure
+
+    found = measure(case, 512)
+    assert formula(3.5, 0.25, 128, stream, hidden, remade=True) == asked + 1 / 64
+    assert asked + 1 / 64 <= found["total_u"] <= asked + 1 / 64 + 0.01, found["tensors"]
+    elements = sum(u for name, u in found["tensors"] if name.startswith(("bfloat16", "float8", "float32 1x64x512")))
+    assert elements == asked
+
+
 def test_the_formula_is_that_of_the_committed_measurement() -> None:
     from saved_bytes import formula
 
@@ -32,6 +49,8 @@ def test_the_formula_is_that_of_the_committed_measurement() -> None:
     assert all(case["width"] == 4096 for case in cases.values())
     assert cases["fp8-lm@bf16"]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, 1), abs=0.01)
     assert cases["fp8-lm+saved=bf16@bf16"]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, 2), abs=0.01)
+    for case, hidden in (("fp8-lm+remade@bf16", 1), ("fp8-lm+saved=bf16+remade@bf16", 2)):
+        assert cases[case]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, hidden, remade=True), abs=0.002)
     assert cases["fp8-lm@bf16"]["total_u"] < 0.5 * cases["bf16@bf16"]["total_u"]
 
 

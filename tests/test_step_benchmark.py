@@ -25,8 +25,10 @@ def test_contenders() -> None:
     ours = parse("te-current@bf16+compact+liger-loss+none")
     assert (ours.name, ours.dtype, ours.states, ours.weight_cache, ours.ours) == (
         "te-current", "bf16", "compact", "none", True)  # fmt: skip
+    assert parse("fp8-lm@bf16+one+remade").changes == {"weight_cache": "one", "saved_inputs": "remade"}
     assert not parse("torchao-rowwise+compile").ours and not parse("bf16@bf16+liger").ours
-    for wrong in ("fp8-lm@fp16", "bf16+8bit", "torchao+liger-loss", "fp8-lm+liger", "fp8-lm+8bit+4bit"):
+    wrongs = ("fp8-lm@fp16", "bf16+8bit", "torchao+liger-loss", "bf16+remade", "fp8-lm+liger", "fp8-lm+8bit+4bit")
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=wrong.replace("+", r"\+")):
             parse(wrong)
 

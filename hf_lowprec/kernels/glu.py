@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hf_lowprec::glu and glu_backward on CUDA: fused kernels for per-tensor FP8 and FP16, plain torch for the rest."""
+"""hf_lowprec::glu, glu_backward, glu_again on CUDA: fused kernels for per-tensor FP8 and FP16, else plain torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hf_lowprec.kernels.quantize import _plan, quantize
 from hf_lowprec.kernels.triton.glu import Hidden, Policy, forward
-from hf_lowprec.kernels.triton.glu_backward import backward
+from hf_lowprec.kernels.triton.glu_backward import again, backward
 from hf_lowprec.numerics import ACTIVATIONS
-from hf_lowprec.ops.glu import default_glu, default_glu_backward
+from hf_lowprec.ops.glu import default_glu, default_glu_again, default_glu_backward
 from hf_lowprec.ops.quantize import sample_stride
 from hf_lowprec.ops.registry import count
 
@@ -114,3 +114,19 @@ def glu_backward(
         default_glu_backward(grad, gate, gate_scale, up, up_scale, act, saved, grad_gate, grad_up)
     else:
         backward(grad, gate, gate_scale, up, up_scale, act, grad_gate, grad_up)
+
+
+def glu_again(
+    gate: Tensor,
+    gate_scale: Tensor,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    act: str,
+    saved: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    fits = dtype in _INPUTS and act in ACTIVATIONS and _casts_fp8(gate.device) and gate.numel() > 0
+    if not fits or _policy(saved, False) is None:
+        return default_glu_again(gate, gate_scale, up, up_scale, act, saved, dtype)
+    count("fused glu again")
+    return again(gate, gate_scale, up, up_scale, act, dtype)

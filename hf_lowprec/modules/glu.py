@@ -6,7 +6,8 @@
 The linears stay children that are called as modules, so hooks, adapters and names go on working. Between them one
 operator computes the product and, in the same pass over memory, what is read of it later: its quantised form, which is
 handed over to `down`, and what backward needs of gate and up in the recipe's `saved` format. With E4M3 there an MLP
-keeps three bytes per hidden element for backward; as transformers computes it in bfloat16, eight.
+keeps three bytes per hidden element for backward; as transformers computes it in bfloat16, eight. With `saved_inputs`
+`remade` it keeps two: `down`'s backward makes the product again of gate and up as they are kept.
 
 Under torch.compile the module's own forward runs, which the compiler fuses itself. It also runs where the fused form
 would not be what the module is now: its class got another forward, or its activation was replaced or hooked.
@@ -15,7 +16,9 @@ would not be what the module is now: its class got another forward, or its activ
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,8 +30,8 @@ from hf_lowprec.functional import applier, first_order
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, set_class
 from hf_lowprec.modules.sharing import hand_over
 from hf_lowprec.modules.state import ProducedOperand
-from hf_lowprec.operands import Quantized
-from hf_lowprec.ops.glu import glu, glu_backward
+from hf_lowprec.operands import Quantized, Remake, Source
+from hf_lowprec.ops.glu import glu, glu_again, glu_backward
 from hf_lowprec.recipe import Quant
 
 ACTS = numerics.ACTIVATIONS
@@ -263,7 +266,7 @@ class _GLU(torch.autograd.Function):
         quant = scale = amax = counts = seed = None
         ready = False
         if call.reader is not None:
-            quant, operand, ready = call.reader
+            quant, operand, ready, _ = call.reader
             scale, seed = operand.scale, operand.seed
             if call.observe:
                 amax, counts = operand.amax, operand.counts
@@ -271,12 +274,19 @@ class _GLU(torch.autograd.Function):
             gate, up, call.act, quant=quant, scale=scale, amax=amax, counts=counts, seed=seed, ready=ready,
             saved=call.saved if keeps else None,
         )  # fmt: skip
-        if out.quantized is not None:
-            call.found.append(Quantized(*out.quantized))
+        kept: tuple[Tensor | None, ...] = ()
         if keeps and call.saved is None:
-            ctx.save_for_backward(*((both,) if call.packed else (gate, up)))
+            kept = (both,) if call.packed else (gate, up)
         elif keeps:
-            ctx.save_for_backward(*out.gate, *(out.up or ()))  # type: ignore[misc]
+            kept = (*out.gate, *(out.up or ()))  # type: ignore[misc]
+        ctx.save_for_backward(*kept)
+        if out.quantized is not None:
+            assert call.reader is not None
+            source = None
+            if kept and call.reader.remade:
+                how = partial(_again, call.act, call.packed, call.gate_first, call.saved, both.dtype)
+                source = Source(Remake(how), kept)
+            call.found.append(Quantized(*out.quantized, source=source))
         ctx.call, ctx.shape, ctx.dtype = call, both.shape, both.dtype
         assert out.h is not None
         return out.h
@@ -285,18 +295,7 @@ class _GLU(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        gate: Tensor
-        up: Tensor | None = None
-        gate, *rest = ctx.saved_tensors
-        gate_scale = up_scale = None
-        if call.saved is not None:
-            gate_scale, *rest = rest
-            if rest:
-                up, up_scale = rest
-        elif call.packed:
-            gate, up = _halves(gate, call.gate_first)
-        else:
-            (up,) = rest
+        gate, up, gate_scale, up_scale = _unpacked(ctx.saved_tensors, call.packed, call.gate_first, call.saved)
         out = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad.device)
         grad_up: Tensor | None
         if call.packed:
@@ -307,6 +306,26 @@ class _GLU(torch.autograd.Function):
             grad, gate, up, call.act, grad_gate, grad_up, gate_scale=gate_scale, up_scale=up_scale, saved=call.saved
         )
         return (out, None, None) if call.packed else (out, grad_up, None)
+
+
+def _unpacked(
+    kept: Sequence[Any], packed: bool, gate_first: bool, saved: str | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """gate, up and their scales of what forward kept."""
+    if saved is not None:
+        gate, gate_scale, *rest = kept
+        up, up_scale = rest or (None, None)
+        return gate, up, gate_scale, up_scale
+    gate, up = _halves(kept[0], gate_first) if packed else kept
+    return gate, up, None, None
+
+
+def _again(
+    act: str, packed: bool, gate_first: bool, saved: str | None, dtype: torch.dtype, kept: Sequence[Any]
+) -> Tensor:
+    """h of what was kept: forward's where that is gate and up as they were."""
+    gate, up, gate_scale, up_scale = _unpacked(kept, packed, gate_first, saved)
+    return glu_again(gate, up, act, dtype, gate_scale=gate_scale, up_scale=up_scale, saved=saved)
 
 
 _apply = applier(_GLU)

@@ -13,7 +13,9 @@ changed or its class got another forward.
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,9 @@ from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA im
 from hf_lowprec.functional import applier, first_order
 from hf_lowprec.modules.linear import set_class
 from hf_lowprec.modules.norm_kind import NormKind, Rule, norm_kind, rounding_rule, settings
+from hf_lowprec.modules.sharing import offer
+from hf_lowprec.modules.state import LayerState
+from hf_lowprec.operands import Remake, Source
 from hf_lowprec.ops.norm import norm, norm_backward
 
 __all__ = ["LowPrecLayerNorm", "LowPrecNorm", "LowPrecRMSNorm", "NormKind", "fuse_norm", "norm_kind", "unfuse_norm"]
@@ -45,6 +50,7 @@ class NormState:
     least: smaller inputs, in elements, are left to the module's own forward.
     settings: attributes of the module that make it this kind.
     rules: of the dtypes seen so far.
+    readers: one layer of each group that may make this norm's output again in backward (`sharing.offer`).
     """
 
     kind: NormKind
@@ -53,6 +59,7 @@ class NormState:
     least: int = 0
     settings: tuple[tuple[str, Any], ...] = ()
     rules: dict[tuple[Any, ...], Rule | None] = field(default_factory=dict)
+    readers: tuple[LayerState, ...] = field(default=(), compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "rules": {}}
@@ -101,7 +108,12 @@ class LowPrecNorm:
             weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
             rule = state.rule(self, x, weight, bias)  # type: ignore[arg-type]
             if rule is not None:
-                return _fused(x, weight, bias, state.kind, rule)
+                y = _fused(x, weight, bias, state.kind, rule)
+                if state.readers and y.requires_grad:  # else x is not kept for a backward
+                    source = Source(Remake(partial(_again, state.kind, rule)), (x, weight, bias))
+                    for reader in state.readers:
+                        offer(reader, y, source)
+                return y
         return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -182,6 +194,11 @@ def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind
     if torch.is_grad_enabled():
         out: Tensor = _apply(x, weight, bias, kind, rule)
         return out
+    return norm(x, weight, bias, kind.eps, kind.center, kind.plus_one, rule.mid, rule.out)[0]
+
+
+def _again(kind: NormKind, rule: Rule, tensors: Sequence[Any]) -> Tensor:
+    x, weight, bias = tensors
     return norm(x, weight, bias, kind.eps, kind.center, kind.plus_one, rule.mid, rule.out)[0]
 
 

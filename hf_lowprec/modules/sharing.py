@@ -8,13 +8,17 @@ same pass over memory.
 Whose copy it is decides the identity of the tensor object, its `_version` and its memory, never the order or number
 of calls: a linear that meets another tensor, alone, once more, or in a recomputation, quantises for itself, and
 nothing is wrong. Under torch.compile each does. Writes that raise no version (through `.data` or numpy) are not seen.
+
+`offer` is for producers that can make what they have computed again, out of tensors that they keep for backward in
+any case: linears of a recipe with `saved_inputs: remade` then keep no codes. An offer is found as a quantised form is,
+and a linear that finds none keeps codes; both are counted (`report.kernels`).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,15 +26,19 @@ from torch import Tensor
 from hf_lowprec import ops
 from hf_lowprec.functional import quantize_input
 from hf_lowprec.modules.state import LayerState
-from hf_lowprec.operands import OperandState, Quantized
+from hf_lowprec.operands import OperandState, Quantized, Remake, Source
+from hf_lowprec.ops.registry import count
+
+REMADE, KEPT = "linear, input remade in backward", "linear, input kept as codes for want of a source"
+T = TypeVar("T")
 
 
-class HandOver:
-    """A tensor's quantised form, for as long as that tensor lives and is not written."""
+class HandOver(Generic[T]):
+    """A tensor's quantised form, or its source, for as long as that tensor lives and is not written."""
 
     def __init__(self) -> None:
         # One attribute, so that another thread sees all of it or none.
-        self._held: tuple[weakref.ref[Tensor], tuple[Any, ...], Quantized] | None = None
+        self._held: tuple[weakref.ref[Tensor], tuple[Any, ...], T] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -39,15 +47,15 @@ class HandOver:
         HandOver.__init__(self)
 
     @property
-    def value(self) -> Quantized | None:
+    def value(self) -> T | None:
         held = self._held
         return None if held is None else held[2]
 
-    def put(self, tensor: Tensor, value: Quantized) -> None:
+    def put(self, tensor: Tensor, value: T) -> None:
         # Weakly, or the copy would outlive a tensor that nobody asks about.
         self._held = (weakref.ref(tensor, self._forget), _contents(tensor), value)
 
-    def get(self, tensor: Tensor) -> Quantized | None:
+    def get(self, tensor: Tensor) -> T | None:
         held = self._held
         if held is None or held[0]() is not tensor or held[1] != _contents(tensor):
             return None
@@ -84,7 +92,7 @@ class SharedInput:
 
     def __init__(self, members: Sequence[LayerState]) -> None:
         self.members = list(members)
-        self._slot = HandOver()
+        self._slot: HandOver[Quantized] = HandOver()
         self._observed = False
         self._taken: set[int] = set()
 
@@ -119,6 +127,77 @@ class SharedInput:
             member.operands = (operand, *member.operands[1:])
 
 
+class RemadeInput(SharedInput):
+    """Likewise, of a recipe that keeps no codes for wgrad where backward can make them again."""
+
+    def __init__(self, members: Sequence[LayerState]) -> None:
+        super().__init__(members)
+        self._offered: HandOver[Source] = HandOver()
+
+    def quantize(self, member: LayerState, x: Tensor, *, observe: bool, columns: bool) -> Quantized:
+        """Q(x), if `columns` with its source, or transposed where there is none."""
+        found = self._slot.get(x)
+        if found is None or (observe and not self._observed):
+            source = self._source(x) if columns else None
+            found = quantize_input(
+                x, member.spec, member.operands[0], ready=member.ready[0], observe=observe,
+                columns=columns and source is None,
+            )  # fmt: skip
+            if source is not None:
+                found = found._replace(source=source)
+            if not x.is_inference():
+                self.put(x, found, observe)
+        elif columns and found.source is None and found.transposed is None:  # made for somebody who keeps nothing
+            source = self._source(x)
+            transposed = None if source is not None else ops.transposed(found.rows)
+            found = found._replace(transposed=transposed, source=source)
+            self._slot.put(x, found)
+        if columns:
+            count(KEPT if found.source is None else REMADE)
+        self._taken.add(id(member))
+        if len(self._taken) == len(self.members):
+            self.drop()
+        return found
+
+    def offer(self, x: Tensor, source: Source) -> None:
+        self._offered.put(x, source)
+
+    def drop(self) -> None:
+        super().drop()
+        self._offered.drop()
+
+    def _source(self, x: Tensor) -> Source | None:
+        source = self._offered.get(x)
+        if source is None and kept_by_attention(x):
+            source = Source(Remake(_itself), (x,))
+        return source
+
+
+def _itself(tensors: Sequence[Tensor]) -> Tensor:
+    (x,) = tensors
+    return x
+
+
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "TransposeBackward0", "AliasBackward0")
+
+
+def kept_by_attention(x: Tensor) -> bool:
+    """Whether the memory of `x` is the output of torch's attention, which its backward keeps.
+
+    By the autograd nodes between: views share memory, a `contiguous` that copies is none. Attention by its own
+    operators only; where torch computes it by matrix products, the output is not kept.
+    """
+    node = x.grad_fn
+    for _ in range(8):
+        if node is None:
+            return False
+        name = node.name()
+        if name not in _VIEWS:
+            return name.startswith("ScaledDotProduct")
+        node = node.next_functions[0][0]
+    return False
+
+
 def share_input(states: Sequence[LayerState]) -> None:
     """Let linears that read the same tensor quantise it once. Idempotent.
 
@@ -136,10 +215,14 @@ def share_input(states: Sequence[LayerState]) -> None:
         raise ValueError("layers that quantise their input differently cannot share it")
     if not first.common_input:
         return  # a policy whose quantised form is not the tensor's alone
-    group = SharedInput(states)
+    group = _group(states)
     for state in states:
         state.shared = group
     group.set_operand(states[0].operands[0])
+
+
+def _group(states: Sequence[LayerState]) -> SharedInput:
+    return RemadeInput(states) if states[0].spec.remade else SharedInput(states)
 
 
 def hand_over(state: LayerState, x: Tensor, quantized: Quantized) -> None:
@@ -149,5 +232,12 @@ def hand_over(state: LayerState, x: Tensor, quantized: Quantized) -> None:
     be called with. Eager mode only.
     """
     if state.shared is None:
-        state.shared = SharedInput([state])
+        state.shared = _group([state])
     state.shared.put(x, quantized, torch.is_grad_enabled())
+
+
+def offer(state: LayerState, x: Tensor, source: Source) -> None:
+    """`source` makes `x` again, bit for bit: the linear of `state`, and those that share its input, may save its
+    tensors, which the producer's own backward keeps, in place of the codes of `x`."""
+    if isinstance(state.shared, RemadeInput):
+        state.shared.offer(x, source)

@@ -68,11 +68,13 @@ class ProducedOperand(NamedTuple):
     quant: the policy (`ops.parse_quant`).
     state: scale to use, amax to raise and counts to increase as `ops.quantize` does.
     ready: delayed scaling: the host knows that the scale is not 0. Without it the layer has to quantise by itself.
+    remade: a source of the tensor is welcome (`Quantized.source`).
     """
 
     quant: str
     state: OperandState
     ready: bool
+    remade: bool = False
 
 
 @dataclass(eq=False)
@@ -138,7 +140,7 @@ class LayerState:
             return None
         if not self.enabled or not self.spec.shared_input or self.spec.fprop_input is None:
             return None
-        return ProducedOperand(self.spec.fprop_input, self.operands[0], self.ready[0])
+        return ProducedOperand(self.spec.fprop_input, self.operands[0], self.ready[0], self.spec.remade)
 
 
 @dataclass

@@ -11,6 +11,8 @@ against float64 is smaller. Backward computes in float32 from what was kept and 
     grad_gate = grad * up * act'(gate)        grad_up = grad * act(gate)
 
 `up` may be None: an MLP without a gate, h = act(gate).
+
+hf_lowprec::glu_again: h once more, of what was kept.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ LIBRARY.define(
 LIBRARY.define(
     "glu_backward(Tensor grad, Tensor gate, Tensor? gate_scale, Tensor? up, Tensor? up_scale, str act, str? saved,"
     " Tensor(a!) grad_gate, Tensor(b!)? grad_up) -> ()"
+)
+LIBRARY.define(
+    "glu_again(Tensor gate, Tensor gate_scale, Tensor? up, Tensor? up_scale, str act, str saved, ScalarType dtype)"
+    " -> Tensor"
 )
 
 
@@ -213,3 +219,60 @@ def _fake_glu_backward(
 
 
 torch.library.register_fake("hf_lowprec::glu_backward", _fake_glu_backward)
+
+
+def glu_again(
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    dtype: torch.dtype,
+    *,
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    saved: str | None = None,
+) -> Tensor:
+    """h [..., N] in `dtype`, of what `glu_backward` takes.
+
+    Without `saved` the h of forward, bit for bit; else act(gate) * up of the values that the codes stand for, float32
+    between, rounded once.
+    """
+    if saved is None:
+        h = glu(gate, up, act).h
+        assert h is not None
+        return h
+    kernel = direct("glu_again", gate)
+    if kernel is None:
+        kernel = torch.ops.hf_lowprec.glu_again
+    out: Tensor = kernel(gate, gate_scale, up, up_scale, act, saved, dtype)
+    return out
+
+
+def default_glu_again(
+    gate: Tensor,
+    gate_scale: Tensor,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    act: str,
+    saved: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    h = numerics.activation(act, _restored(gate, gate_scale, saved))
+    return (h if up is None else h * _restored(up, up_scale, saved)).to(dtype)
+
+
+LIBRARY.impl("glu_again", default_glu_again, "CompositeExplicitAutograd")
+
+
+def _fake_glu_again(
+    gate: Tensor,
+    gate_scale: Tensor,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    act: str,
+    saved: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return gate.new_empty(gate.shape, dtype=dtype)
+
+
+torch.library.register_fake("hf_lowprec::glu_again", _fake_glu_again)

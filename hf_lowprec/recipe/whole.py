@@ -32,6 +32,10 @@ class Recipe:
     saved: tensors kept for elementwise backward (of norms and gated MLPs); None keeps them as they are computed.
     weight_cache: low-precision copies of weights, cast once per optimizer step and kept until the next: `both` layouts
         (2 bytes per parameter), `one` (1 byte, the other is made in backward), or `none` (cast in every pass).
+    saved_inputs: what linears keep of their input for wgrad: the `codes` that fprop multiplied, or, `remade`, nothing
+        where a producer's own tensors, kept anyway, make them again: a fused norm's, a fused MLP's, and attention's.
+        The same codes with the same scale; of the MLP's product where `saved` is None, else those of the product of
+        gate and up as `saved` holds them.
     modules_to_not_convert: names or regular expressions of modules to leave alone, added to the defaults.
     input_norm: what converted linears do to their input first; None: nothing.
     """
@@ -48,6 +52,7 @@ class Recipe:
     transform: Transform = Transform()
     saved: Quant | None = None
     weight_cache: Literal["both", "one", "none"] = "both"
+    saved_inputs: Literal["codes", "remade"] = "codes"
     modules_to_not_convert: tuple[str, ...] = ()
     input_norm: InputNorm | None = None
 
@@ -61,6 +66,8 @@ class Recipe:
             if getattr(getattr(self, gemm), slot) is not None:
                 raise ValueError(f"{gemm}.{slot}: {gemm} does not read {slot}")
         self._check_flexible()
+        if self.saved_inputs == "remade":
+            self._check_remade()
         if self.input_norm is not None and not self.quantises_gemms:
             raise ValueError("input_norm: nothing is converted that could have one; quantise a GEMM")
         if self.transform.method != "none":
@@ -74,6 +81,19 @@ class Recipe:
             if one.scaling != two.scaling or one.format != two.format:
                 raise ValueError(f"{second}.{slot}: delayed scaling needs the format and scaling of {first}.{slot}")
         return self
+
+    def _check_remade(self) -> None:
+        """wgrad has to multiply the codes of fprop, and they have to be a function of the tensor and one scale."""
+        x = self.fprop.input
+        if self.flexible:
+            raise ValueError("saved_inputs: 'remade' goes with fixed ranges; searched and learned ones keep the input")
+        if self.input_norm is not None:
+            raise ValueError("saved_inputs: 'remade' casts what a producer made, and input_norm changes it first")
+        if x is None or x != self.wgrad.input or x.scaling.granularity != "tensor" or self.wgrad.grad_output is None:
+            raise ValueError(
+                "saved_inputs: 'remade' casts the input of fprop again for wgrad: wgrad.input has to be fprop.input, "
+                "with one scale for the tensor, and wgrad.grad_output has to be quantised"
+            )
 
     def _check_flexible(self) -> None:
         """Searched and learned ranges have one backward: straight through both quantisers (arXiv 2208.09225)."""

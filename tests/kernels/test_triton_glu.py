@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_lowprec import numerics, ops
-from hf_lowprec.ops.glu import default_glu, default_glu_backward
+from hf_lowprec.ops.glu import default_glu, default_glu_again, default_glu_backward
 from hf_lowprec.ops.quantize import default_quantize
 from hf_lowprec.recipe import NONE, Quant, Scaling
 
@@ -167,8 +167,30 @@ def check_agreement() -> int:
     return len(ours)
 
 
+def check_again() -> int:
+    """h of what was kept: halves that were packed, an odd width, no gate, and float16 to its last bit."""
+    from hf_lowprec.kernels.glu import glu_again
+    from hf_lowprec.ops.registry import kernel_counts
+
+    checked = 0
+    for act in ("silu", "gelu_tanh", "sigmoid"):
+        for shape in ((3, 5), (2, 9, 300)):
+            for gated in (True, False):
+                gate, up = torch.randn((2, *shape), generator=torch.Generator().manual_seed(3)).unbind()
+                kept = run(gate, up if gated else None, act, write=False, saved=CURRENT)
+                args = (*kept, *(() if gated else (None, None)), act, CURRENT)
+                for dtype in (torch.float32, torch.float16):
+                    ours, truth = glu_again(*args, dtype), default_glu_again(*args, dtype)
+                    assert ours.dtype == truth.dtype and ours.shape == truth.shape
+                    off = (ours.float() - truth.float()).abs()
+                    assert (off <= (2e-6 if dtype == torch.float32 else 2**-10) * truth.abs().clamp(min=1.0)).all()
+                    checked += 1
+    assert kernel_counts()["fused glu again"] == checked
+    return checked
+
+
 def test_interpreter_agrees_with_the_operator() -> None:
-    assert [int(n) for n in interpreter.run(__file__).split()[1:]] == [8, 36, 1, 48, 7]
+    assert [int(n) for n in interpreter.run(__file__).split()[1:]] == [8, 36, 1, 48, 7, 24]
 
 
 if __name__ == "__main__":
@@ -180,5 +202,6 @@ if __name__ == "__main__":
         check_sampled_counts,
         check_backward,
         check_agreement,
+        check_again,
     )
     print("checked", *(check() for check in checks))

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""act(gate) * up, backward: the gradients of gate and up from that of h and what was kept of gate and up, in one pass.
+"""act(gate) * up, backward: the gradients of gate and up from that of h and what was kept of gate and up, in one pass;
+and h itself of what was kept, in another.
 
-Arithmetic is float32, each gradient is rounded once. Layouts as in `glu.py`.
+Arithmetic is float32, each result is rounded once. Layouts as in `glu.py`.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from hf_lowprec.kernels.triton.activations import with_slope
 from hf_lowprec.kernels.triton.cast import integer_key
 from hf_lowprec.kernels.triton.elementwise import pointers, tile_at, within
-from hf_lowprec.kernels.triton.glu import WARPS, alignment, flat_tile, layout_of, tiles_of
+from hf_lowprec.kernels.triton.glu import WARPS, _hidden, alignment, flat_tile, layout_of, tiles_of
 from hf_lowprec.kernels.triton.launch import Launcher
 
 
@@ -71,3 +73,39 @@ def backward(
         grad, gate, up, gate_scale, up_scale, grad_gate, grad_up, rows, cols, stride, grad_stride, act, *tile
     )  # fmt: skip
     _backward(key, grad.get_device(), (tiles_of(rows, cols, tile), 1, 1), args, num_warps=WARPS)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["gate_scale_ptr", "up_scale_ptr"])
+def _again_kernel(
+    gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, h_ptr, rows, cols, stride,
+    ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = h_ptr.dtype.element_ty
+    GATED: tl.constexpr = up_ptr is not None
+    row, col = tile_at(tl.program_id(0), cols, ROWS, COLS)
+    inside = within(row, col, rows, cols, ROWS, COLS)
+    x = tl.load(pointers(gate_ptr, row, col, stride, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
+    x = x * tl.load(gate_scale_ptr)
+    u = x
+    if GATED:
+        u = tl.load(pointers(up_ptr, row, col, stride, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
+        u = u * tl.load(up_scale_ptr)
+    h = _hidden(x, u, inside, ACT, GATED, DTYPE)
+    tl.store(pointers(h_ptr, row, col, cols, ROWS, COLS), h.to(DTYPE), mask=inside)
+
+
+_again = Launcher(_again_kernel)
+
+
+def again(
+    gate: Tensor, gate_scale: Tensor, up: Tensor | None, up_scale: Tensor | None, act: str, dtype: torch.dtype
+) -> Tensor:
+    """`ops.glu_again` on a GPU, of codes of float8 or float16, not empty."""
+    h = torch.empty(gate.shape, dtype=dtype, device=gate.device)
+    gate, up, layout = layout_of(gate, up)
+    rows, cols, stride = layout
+    tile = flat_tile(layout)
+    key = (act, dtype, gate.dtype, *alignment(gate, up, h), tile, integer_key(cols), integer_key(stride))
+    args = (gate, up, gate_scale, up_scale, h, rows, cols, stride, act, *tile)
+    _again(key, gate.get_device(), (tiles_of(rows, cols, tile), 1, 1), args, num_warps=WARPS)
+    return h
