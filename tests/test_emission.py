@@ -412,3 +412,25 @@ def test_compiled_models_emit_nothing(emits: list[list[Any]]) -> None:
         compiled(batch(5, 32, seed=step)).square().mean().backward()
         optimizer.step()
     assert not emits and not addresses(model)
+
+
+def test_captured_steps_cast_into_copies_that_are_there(
+    emits: list[list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = made()
+    train(model, optimizer, 0)
+    train(model, optimizer, 1)
+    before = addresses(model)
+    monkeypatch.setattr(emission, "capturing", lambda device: True)
+    train(model, optimizer, 2)
+    assert len(emits) == 3 and addresses(model) == before
+    held = model.up._lowprec.weight_cache.quantized
+    train(model, optimizer, 3)
+    assert len(emits) == 3 and not addresses(model), "new memory would be the graph's"
+    monkeypatch.undo()
+    del held
+    first, optimizer = made()
+    monkeypatch.setattr(emission, "table_for", lambda device: Table())
+    monkeypatch.setattr(emission, "capturing", lambda device: True)
+    train(first, optimizer, 0)
+    assert not addresses(first), "no table yet"

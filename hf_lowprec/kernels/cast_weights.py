@@ -9,6 +9,7 @@ what it casts into is kept for good.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from hf_lowprec.ops.cast_weights import WeightCast
 from hf_lowprec.ops.quantize import parse_quant, sample_stride
 
 _COLUMNS = 16
+_INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 _SPAN, _PROGRAMS = 16, 4096  # tiles of a program, but fewer where that leaves fewer programs than these
 # What captured graphs read and write: nobody tells when a graph is gone, so it is kept to the end of the process.
 _CAPTURED: list[tuple[Any, ...]] = []
@@ -57,15 +59,11 @@ class WeightTable:
 
     @staticmethod
     def takes(weight: Tensor, quant: str) -> bool:
-        from hf_lowprec.kernels.quantize import plan_of
-
-        plan = plan_of(quant)
         return (
-            plan is not None
-            and plan.dtype.itemsize == 1
-            and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            _covers(quant)
+            and weight.dtype in _INPUTS
             and weight.is_contiguous()
-            and 0 < weight.numel()
+            and weight.numel() > 0
             and max(weight.shape) < 1 << 24  # offsets within a tile have 32 bits
         )
 
@@ -133,6 +131,14 @@ class WeightTable:
         there = self._mirror.part(1).view(torch.int32).view(-1, 2)
         self._parts = [_Part(kind, there[first:], programs) for kind, first, programs in places]
         self._kinds, self._shapes = kinds, shapes
+
+
+@cache
+def _covers(quant: str) -> bool:
+    from hf_lowprec.kernels.quantize import plan_of
+
+    plan = plan_of(quant)
+    return plan is not None and plan.dtype.itemsize == 1
 
 
 _CONSTANTS = ("FMT_MAX", "HALF_TINY", "TOP_EXP", "TOP_MAN", "MARGIN", "POW2")

@@ -98,7 +98,7 @@ def _fits(quantized: Quantized, weight: Tensor, both: bool) -> bool:
     return (
         qdata is not None
         and qdata.shape == weight.shape
-        and qdata.device == weight.device
+        and qdata.get_device() == weight.get_device()
         and (quantized.transposed is not None) is both
     )
 
