@@ -7,15 +7,18 @@
 
 Contenders are states@weights: `8bit@bf16` is our AdamW with 8-bit states on bfloat16 Parameters and gradients. Where
 16-bit Parameters have a master, it is the default one of those states. `8bit-element` passes non-finite gradients by
-element, in one pass. Peers: torch's fused AdamW, bitsandbytes' AdamW8bit, torchao's AdamW8bit (and AdamWFp8, which
-runs only where --only names it), flashoptim's FlashAdamW with 24-bit masters; who cannot be imported is skipped.
+element, in one pass. `fp8-lm+weights@bf16` also casts every matrix to FP8 after the step, in both layouts, as the
+layers of `fp8-lm` read them. Peers: torch's fused AdamW, bitsandbytes' AdamW8bit, torchao's AdamW8bit (and AdamWFp8,
+which runs only where --only names it), flashoptim's FlashAdamW with 24-bit masters; who cannot be imported is skipped.
 
 Tensors: `big`, 30 of 4096 x 8192 and 60 of 4096; `small`, 1000 of 16 x 4096 and 1000 of 4096 x 16. Numbers:
     ms_per_1e9          median of CUDA-event times of single steps, per 1e9 parameters
     wall_ms, host_ms    of one step in a row of them; until `step()` returns
     bytes               that a step must move per parameter: gradient once, Parameter and states in and out (of a
-                        Parameter with a whole master beside it only out)
-    copy_share          bytes over that time, as a share of what a copy reaches in the same process
+                        Parameter with a whole master beside it only out; FP8 copies of weights out)
+    bytes_passes        that ours moves: gradients once more where all are looked at before the first write, Parameters
+                        once more where they are cast
+    copy_share          `bytes` over that time, as a share of what a copy reaches in the same process
     state_bytes         per parameter, by the allocator; state_bytes_told: by `optimizer.state_bytes()`
     first_step_s        the first step of the process, of one matrix and one vector, with nothing compiled before
     kernels             of one step, by torch.profiler
@@ -42,8 +45,8 @@ from bench_step import NOT_INSTALLED, turn
 from environment import environment
 from harness import RESULTS, SCRATCH, file_name, finish, read_cases, start, write_results
 
-OURS = ("8bit@bf16", "8bit-element@bf16", "8bit@fp32", "compact@bf16", "fp8-lm@bf16", "fp8@bf16", "4bit@bf16",
-        "bf16@bf16", "fp32@fp32")  # fmt: skip
+OURS = ("8bit@bf16", "8bit-element@bf16", "8bit+weights@bf16", "8bit@fp32", "compact@bf16", "fp8-lm@bf16",
+        "fp8-lm+weights@bf16", "fp8@bf16", "4bit@bf16", "bf16@bf16", "fp32@fp32")  # fmt: skip
 PEERS = ("torch@fp32", "torch@bf16", "bitsandbytes@bf16", "bitsandbytes@fp32", "torchao@bf16", "flashoptim@bf16",
          "torchao-fp8@bf16")  # fmt: skip
 ON_REQUEST = ("torchao-fp8@bf16",)
@@ -85,9 +88,45 @@ def maker(name: str) -> Callable[[list[Any]], Any]:
         return lambda params: FlashAdamW(params, lr=1e-4, master_weight_bits=24 if dtype == "bf16" else None)
     from hf_lowprec.optim import AdamW
 
+    kind, weights, _ = kind.partition("+weights")
     states, element, _ = kind.partition("-element")
     nonfinite = "element" if element else "step"
+    if weights:
+        return lambda params: WithWeights(AdamW(params, lr=1e-4, states=states, nonfinite=nonfinite), params)
     return lambda params: AdamW(params, lr=1e-4, states=states, nonfinite=nonfinite)
+
+
+class WithWeights:
+    """An optimizer of ours after whose steps all matrices are cast as weights of `fp8-lm`, in both layouts, again into
+    the same copies; without a model around them, which would have used the copies in between."""
+
+    def __init__(self, optimizer: Any, params: list[Any]) -> None:
+        from hf_lowprec.modules import LayerState, emission
+        from hf_lowprec.ops.cast_weights import PlainTable
+        from hf_lowprec.presets import PRESETS
+
+        optimizer.note_amax()
+        self.optimizer, self.weights = optimizer, [p for p in params if p.dim() == 2]
+        self.layers = [LayerState.create(PRESETS["fp8-lm"], i, weight_is_kn=False, emulate=False)
+                       for i in range(len(self.weights))]  # fmt: skip
+        for layer, weight in zip(self.layers, self.weights, strict=True):
+            layer.to(weight.device)
+            layer.weight_cache.followed = True
+            layer.weight_cache.get(weight, layer.spec, layer.operands[1], ready=False, training=True)
+        if self.weights[0].device.type == "cpu":  # to try the script
+            emission.table_for = lambda device: PlainTable()
+        self.emission = emission.Emission(list(zip(self.layers, self.weights, strict=True)))
+
+    def step(self) -> None:
+        self.optimizer.step()
+        caches = [layer.weight_cache for layer in self.layers]
+        copies = [cache.quantized for cache in caches]
+        for cache in caches:
+            cache.close_step()
+        self.emission.run(copies, self.optimizer.weight_amax)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
 
 
 def parameters(shapes: Shapes, dtype: str, device: str) -> list[Any]:
@@ -168,15 +207,21 @@ def kernels(step: Callable[[], Any], device: str) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
 
 
-def bytes_moved(optimizer: Any, params: list[Any], state_bytes: float) -> float:
-    """Per parameter, see the module docstring."""
+def bytes_moved(optimizer: Any, params: list[Any], state_bytes: float) -> tuple[float, float]:
+    """`bytes` and `bytes_passes` per parameter, see the module docstring; of a peer's passes nothing is known."""
     numel = sum(p.numel() for p in params)
     out = 2 * state_bytes
     for p in params:
         keys = optimizer.state[p]
         whole = "master" in keys or "master_qdata" in keys
         out += p.numel() / numel * (p.grad.itemsize + p.itemsize * (1 if whole else 2))
-    return out
+    passes = out
+    if getattr(optimizer, "nonfinite", "") == "step":
+        passes += sum(p.numel() * p.grad.itemsize for p in params) / numel
+    for weight in getattr(optimizer, "weights", ()):
+        out += 2 * weight.numel() / numel
+        passes += (2 + weight.itemsize) * weight.numel() / numel
+    return out, passes
 
 
 def measure_set(
@@ -194,12 +239,13 @@ def measure_set(
     told = sum(optimizer.state_bytes().values()) / numel if hasattr(optimizer, "state_bytes") else None
     times = timed(optimizer.step, device, steps)
     wall, host = on_the_host(optimizer.step, device, steps)
-    moved = bytes_moved(optimizer, params, next((n for n in (told, allocated) if n is not None), 0.0))
+    moved, passes = bytes_moved(optimizer, params, next((n for n in (told, allocated) if n is not None), 0.0))
     median = statistics.median(times)
     return {
         "parameters": numel, "tensors": len(params), "ms": round(median, 4), "ms_min": round(min(times), 4),
         "ms_max": round(max(times), 4), "ms_per_1e9": round(median / numel * 1e9, 3), "wall_ms": round(wall, 3),
-        "host_ms": round(host, 3), "bytes": round(moved, 3), "bytes_per_s": moved * numel / median * 1e3,
+        "host_ms": round(host, 3), "bytes": round(moved, 3),
+        "bytes_passes": None if told is None else round(passes, 3), "bytes_per_s": moved * numel / median * 1e3,
         "state_bytes": None if allocated is None else round(allocated, 3),
         "state_bytes_told": None if told is None else round(told, 3), "kernels": kernels(optimizer.step, device),
     }  # fmt: skip
@@ -272,14 +318,14 @@ def by_set(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    fields = ("ms_per_1e9", "wall_ms", "host_ms", "bytes", "copy_share", "state_bytes", "state_bytes_told",
-              "first_step_s", "kernels")  # fmt: skip
-    head = ("ms/1e9", "wall ms", "host ms", "B moved", "of copy", "B state", "(told)", "first s", "kernels")
-    lines = [f"{'set':<6} {'contender':<18} " + " ".join(f"{title:>8}" for title in head)]
+    fields = ("ms_per_1e9", "wall_ms", "host_ms", "bytes", "bytes_passes", "copy_share", "state_bytes",
+              "state_bytes_told", "first_step_s", "kernels")  # fmt: skip
+    head = ("ms/1e9", "wall ms", "host ms", "B moved", "passes", "of copy", "B state", "(told)", "first s", "kernels")
+    lines = [f"{'set':<6} {'contender':<19} " + " ".join(f"{title:>8}" for title in head)]
     for case in sorted(cases, key=lambda case: case["set"]):
         cells = ["-" if (n := case.get(field)) is None else f"{n:g}" for field in fields]
         numbers = " ".join(f"{cell:>8}" for cell in cells) if case["status"] == "ok" else case["status"][:80]
-        lines.append(f"{case['set']:<6} {case['contender']:<18} {numbers}")
+        lines.append(f"{case['set']:<6} {case['contender']:<19} {numbers}")
     return "\n".join(lines)
 
 

@@ -278,10 +278,14 @@ class _Linear(torch.autograd.Function):
 
         if needs_bias:
             grad_bias = grads.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if call.weight is not None and not _graph_is_kept():
+            ctx.call = None  # whoever keeps the loss must not keep the weight's copy (`modules.emission`)
         return grad_input, grad_weight, grad_bias, None, None
 
 
 _apply = applier(_Linear)
+# Inside backward: whether it was called with retain_graph=True. If not, saved tensors are gone when it is over.
+_graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def _nk(weight: Tensor, spec: LinearSpec) -> Tensor:

@@ -44,6 +44,7 @@ def statistics(model: nn.Module, *, reset: bool = False) -> dict[str, float]:
     session = session_of(model)
     if session is None or not session.scaling.layers:
         return {}
+    session.scaling.settle()
     out: dict[str, float] = {}
     for role in ROLES:
         counts = [operand.counts for operand in session.scaling.operands(role)]
@@ -63,6 +64,7 @@ def per_layer(model: nn.Module) -> dict[str, dict[str, list[int]]]:
     session = session_of(model)
     if session is None:
         return {}
+    session.scaling.settle()
     return {
         name: {role: operand.counts.tolist() for role, operand in zip(ROLES, layer.operands, strict=True)}
         for name, layer in session.scaling.layers.items()

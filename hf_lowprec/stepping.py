@@ -2,7 +2,8 @@
 """What happens around `optimizer.step()`, for any optimizer: two global hooks and two state-dict hooks.
 
     before: weight gradients pass through the recipe's communication format (`optim/gradient.py`)
-    after:  amax histories roll, new scales, cached low-precision weights are dropped, learned ranges step
+    after:  amax histories roll, new scales, cached low-precision weights are dropped, learned ranges step; after our
+            own optimizers the weights are cast anew, all at once (`modules/emission.py`)
 
 torch's global optimizer hooks fire for optimizers that a script built itself and for those that we never saw.
 The amax histories, mu, counters and the recipe ride in `optimizer.state_dict()["hf_lowprec"]`, so an unmodified
@@ -21,11 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from hf_lowprec import optim
 from hf_lowprec.modules import LayerState, weights_changed
-from hf_lowprec.modules.state import role_quants
+from hf_lowprec.modules.emission import Emission
+from hf_lowprec.ops import parse_quant
 from hf_lowprec.optim import rates
 from hf_lowprec.optim import states as st
 from hf_lowprec.optim.checkpoints import BEFORE_CHECKPOINT
-from hf_lowprec.optim.release import AFTER_UPDATE, BEFORE_UPDATE
+from hf_lowprec.optim.release import AFTER_UPDATE, BEFORE_UPDATE, is_released
 from hf_lowprec.optim.shards import is_sharded
 from hf_lowprec.recipe import Quant, Residual
 from hf_lowprec.session import Session, live_sessions, session_of
@@ -40,12 +42,13 @@ class _Followed(NamedTuple):
     """A session whose Parameters an optimizer steps.
 
     swap: what goes with its gradients. weights: those that are kept in low precision with a scale from their amax,
-    which our own optimizers find on their way.
+    which our own optimizers find on their way, and whose layers (None: gone). emission: casts weights after its steps.
     """
 
     session: weakref.ref[Session]
     swap: optim.GradientSwap | None
-    weights: list[tuple[LayerState, torch.Tensor]]
+    weights: list[tuple[weakref.ref[LayerState], torch.Tensor]]
+    emission: Emission | None
 
 
 # Asking again at every step would walk all Parameters.
@@ -244,15 +247,20 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         if followed.swap is not None:
             followed.swap.post_step(optimizer, args, kwargs)
         session = followed.session()
-        if session is not None:
-            if session.ranges is not None:
-                session.ranges.step(optimizer, distributed=session.scaling.distributed)
-            session.scaling.roll()
+        if session is None:
+            continue
+        if session.ranges is not None:
+            session.ranges.step(optimizer, distributed=session.scaling.distributed)
+        emission = followed.emission if session.root.training and not is_released(optimizer) else None
+        copies = [] if emission is None else emission.copies()
+        session.scaling.roll()
         if isinstance(optimizer, optim.LowPrecOptimizer):
-            for state, weight in followed.weights:
-                amax = optimizer.weight_amax(weight)
-                if amax is not None:
-                    state.weight_cache.note_amax(weight, amax)
+            for ref, weight in followed.weights:
+                layer, amax = ref(), optimizer.weight_amax(weight)
+                if layer is not None and amax is not None:
+                    layer.weight_cache.note_amax(weight, amax)
+            if emission is not None:
+                emission.run(copies, optimizer.weight_amax)
 
 
 def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:
@@ -267,9 +275,21 @@ def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:
         mine = [s for s in sessions if s in attached or s.owns(optimizer)]
         for session in mine:  # an optimizer that nobody attached saves the state from its first step on
             carry_state(session, optimizer)
-        known = (key, [_Followed(weakref.ref(s), _swap(s), _scaled_by_amax(s)) for s in mine])
+        known = (key, [_follow(optimizer, session) for session in mine])
         _FOLLOWED[optimizer] = known
     return known[1]
+
+
+def _follow(optimizer: torch.optim.Optimizer, session: Session) -> _Followed:
+    held = _held(optimizer)
+    layers = session.scaling.layers
+    weights: list[tuple[LayerState, torch.Tensor]]
+    weights = [(layers[name], weight) for name, weight in session.weights().items() if id(weight) in held]
+    if session.recipe.weight_cache == "none":
+        weights = []
+    noted = [(weakref.ref(layer), weight) for layer, weight in weights if _by_amax(layer)]
+    ours = isinstance(optimizer, optim.LowPrecOptimizer)
+    return _Followed(weakref.ref(session), _swap(session), noted, Emission(weights) if ours and weights else None)
 
 
 def _swap(session: Session) -> optim.GradientSwap | None:
@@ -284,15 +304,13 @@ def _swap(session: Session) -> optim.GradientSwap | None:
     return swap
 
 
-def _scaled_by_amax(session: Session) -> list[tuple[LayerState, torch.Tensor]]:
-    """Of layers whose weight is cast with a scale from its own amax, and kept (`modules.weight_cache`)."""
-    quant = role_quants(session.recipe)["weight"]
-    if quant is None or session.recipe.weight_cache == "none":
-        return []
-    scaling = quant.scaling
-    if scaling.method != "current" or scaling.granularity != "tensor" or scaling.statistic != "amax":
-        return []
-    return [(session.scaling.layers[name], weight) for name, weight in session.weights().items()]
+def _by_amax(layer: LayerState) -> bool:
+    """Whether the scale of the layer's weight may come from its own amax."""
+    if layer.spec.fprop_weight is None:
+        return False
+    scaling = parse_quant(layer.spec.fprop_weight).scaling
+    by_amax = scaling.method in ("current", "delayed") and scaling.statistic == "amax"
+    return by_amax and scaling.granularity == "tensor"
 
 
 # --- what the report says -------------------------------------------------------------------------------------------

@@ -281,13 +281,15 @@ def test_the_optimizer_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
                "--out", str(out)]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     cases = {(case["contender"], case["set"]): case for case in json.loads(out.read_text())["cases"]}
-    names = [name for name in ("8bit@bf16", "fp8-lm@bf16", "torch@bf16") for _ in range(2)]
+    names = [name for name in ("8bit@bf16", "fp8-lm@bf16", "fp8-lm+weights@bf16", "torch@bf16") for _ in range(2)]
     assert [name for name, _ in cases if not name.startswith("flash")] == names
     for case in (case for (name, _), case in cases.items() if not name.startswith("flash")):
         assert case["status"] == "ok" and case["ms_per_1e9"] > 0 and case["wall_ms"] > 0
         assert "bitsandbytes" in case["environment"]["libraries"]
     assert cases["8bit@bf16", "big"]["state_bytes_told"] == pytest.approx(2 + 8 / 256, abs=0.2)
     assert cases["fp8-lm@bf16", "big"]["bytes"] == pytest.approx(14, abs=0.3)
+    emitting = cases["fp8-lm+weights@bf16", "big"]
+    assert emitting["bytes"] == pytest.approx(16, abs=0.3) and emitting["bytes_passes"] == pytest.approx(20, abs=0.3)
     if cases["flashoptim@bf16", "big"]["status"] == "not installed":
         assert "SKIPPED: flashoptim@bf16" in done.stdout
 

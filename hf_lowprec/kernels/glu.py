@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hf_lowprec.kernels.quantize import _plan, quantize
+from hf_lowprec.kernels.quantize import plan_of, quantize
 from hf_lowprec.kernels.triton.glu import Hidden, Policy, forward
 from hf_lowprec.kernels.triton.glu_backward import again, backward
 from hf_lowprec.numerics import ACTIVATIONS
@@ -22,7 +22,7 @@ _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 @cache
 def _policy(quant: str, ready: bool) -> Policy | None:
     """None: the fused kernels do not cover it."""
-    plan = _plan(quant)
+    plan = plan_of(quant)
     if plan is None:
         return None
     scale = {"none": "constant", "static": "constant", "delayed": "ready" if ready else "delayed"}.get(plan.method)

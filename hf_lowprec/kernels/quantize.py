@@ -39,7 +39,7 @@ def _any_plan(quant: str) -> any_cast.AnyPlan | None:
 
 
 @cache
-def _plan(quant: str) -> CastPlan | None:
+def plan_of(quant: str) -> CastPlan | None:
     """How a policy runs in the fused kernels, parsed once per policy. None: they do not cover it."""
     policy = parse_quant(quant)
     scaling = policy.scaling
@@ -78,11 +78,11 @@ def _how(
 def _constant(value: float, device: torch.device) -> Tensor:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return torch.full((), value, dtype=torch.float32, device=device)  # its memory is the graph's
-    return _kept_constant(value, device)
+    return kept_constant(value, device)
 
 
 @cache
-def _kept_constant(value: float, device: torch.device) -> Tensor:
+def kept_constant(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
@@ -97,7 +97,7 @@ def quantize(
     ready: bool = False,
     partials: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    plan = _plan(quant)
+    plan = plan_of(quant)
     if plan is None or input.dtype not in _INPUTS or not input.numel():
         general = _any_plan(quant)
         if general is None or not any_cast.takes(input, general, fixed, seed):
@@ -125,7 +125,7 @@ def cast_transpose(
     columns: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """A layout that is not asked for is None."""
-    plan = _plan(quant)
+    plan = plan_of(quant)
     n = input.numel()
     if plan is None or plan.dtype.itemsize != 1 or input.dtype not in _INPUTS or not n:
         general = _any_plan(quant)
@@ -167,7 +167,7 @@ def cast_transpose_operator(
 
 
 def _own(used: Tensor, quant: str, fixed: bool) -> Tensor:
-    plan = _plan(quant)
+    plan = plan_of(quant)
     return used.clone() if fixed or (plan is not None and plan.method in _CONSTANT) else used
 
 
@@ -186,7 +186,7 @@ def transposed(qdata: Tensor) -> Tensor:
 
 
 def current_scale(input: Tensor, quant: str) -> Tensor:
-    plan = _plan(quant)
+    plan = plan_of(quant)
     if plan is None or input.dtype not in _INPUTS or plan.method in _CONSTANT:
         return default_current_scale(input, quant)
     return triton_current_scale(input.contiguous(), plan)

@@ -164,6 +164,27 @@ class ScalingState:
         quants = role_quants(self.recipe)
         return {r: q.scaling for r, q in quants.items() if q is not None and q.scaling.method == "delayed"}
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Have the counters and amaxes hold what casts of weights after the last step saw (`modules.emission`), of
+        weights that were used since. Whoever reads them calls it first; it waits for nobody."""
+        found = [
+            (layer.operands[1], news)
+            for layer in self.layers.values()
+            if (news := layer.weight_cache.take_news()) is not None
+        ]
+        if not found:
+            return
+        torch._foreach_add_(
+            [operand.counts for operand, _ in found],
+            [news.counts.to(operand.counts.device, non_blocking=True) for operand, news in found],
+        )
+        pairs = [(operand.amax, news.amax) for operand, news in found if operand.amax is not None]
+        if pairs:
+            torch._foreach_maximum_(
+                [amax for amax, _ in pairs], [new.to(amax.device, non_blocking=True) for amax, new in pairs]
+            )
+
     def operands(self, role: str) -> list[OperandState]:
         index = ROLES.index(role)
         return [layer.operands[index] for layer in self.layers.values()]
@@ -171,6 +192,7 @@ class ScalingState:
     @torch.no_grad()
     def roll(self) -> None:
         """Close an optimizer step: amax into the histories, new scales out of them. No host synchronisation."""
+        self.settle()
         for role, scaling in self._delayed().items():
             operands = self.operands(role)
             amaxes, scales = [_not_none(o.amax) for o in operands], [_not_none(o.scale) for o in operands]
@@ -230,6 +252,7 @@ class ScalingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors keyed by layer name, ready for `torch.load(weights_only=True)`."""
+        self.settle()
         out: dict[str, Any] = {}
         for i, (name, layer) in enumerate(self.layers.items()):
             entry = out[name] = {}
@@ -284,6 +307,7 @@ class ScalingState:
                     seed.copy_(state[name]["sums"][f"seed_{gemm}"])
             layer.ready = (layer.constant,) * 3
             layer.weight_cache.drop()
+            layer.weight_cache.take_news()
             layer.weight_cache.followed = True  # by the optimizer whose state dict this comes from
             if layer.shared is not None:
                 layer.shared.drop()

@@ -18,6 +18,10 @@ Nor does a single sign tell, in training, that a weight has changed. A copy is o
     model.train(), model.eval()     weights are written in between through `.data` (moving averages)
     hf_lowprec.invalidate(model)    everything else that writes `.data`, in the middle of a training step
 
+After a step of our own optimizers the weights of layers that used their copies are cast at once (`modules.emission`),
+and `keep` is given the new copies, which are outdated by the same signs. What such a cast saw counts for its layer
+once the copy is used, as that of a cast in the forward pass would.
+
 Weights that do not train are written through `.data` between evaluations (merging adapters) and have no steps of their
 own: they are kept only while training, before the first step too, and only from float32, where the copy (1 byte)
 stands for the bf16 copy (2 bytes) that autocast would hold for backward. Beside a bf16 weight it would add a byte per
@@ -36,6 +40,7 @@ from hf_lowprec.operands import LinearSpec, OperandState, Quantized
 
 Policy = Literal["both", "one", "none"]
 _steps = 0
+_MOST_IDLE = 8
 
 
 def weights_changed() -> None:
@@ -48,10 +53,19 @@ def _key(weight: Tensor) -> tuple[int, int, int]:
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version, _steps
 
 
+class News(NamedTuple):
+    """What a cast saw that its layer's counters do not hold yet: counts, int64 [4], and with a delayed scale the
+    weight's amax, 0-dim float32 (`OperandState`)."""
+
+    counts: Tensor
+    amax: Tensor
+
+
 class _Entry(NamedTuple):
     key: tuple[int, int, int]
     quantized: Quantized
     storage: torch.UntypedStorage
+    news: News | None = None
 
 
 class WeightCache:
@@ -67,23 +81,48 @@ class WeightCache:
         self.followed = False
         self._entry: _Entry | None = None
         self._amax: tuple[tuple[int, int, int], Tensor] | None = None
+        self._news: News | None = None
+        self._idle = 0  # copies given to `keep` in a row that nobody used
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts empty: what is kept belongs to one weight, and a pickle could not hold float8. Nor does the
         # optimizer follow the copy (a moving average, say).
-        return {**self.__dict__, "followed": False, "_entry": None, "_amax": None}
+        return {**self.__dict__, "followed": False, "_entry": None, "_amax": None, "_news": None, "_idle": 0}
 
     @property
     def quantized(self) -> Quantized | None:
         """What is kept now, outdated or not."""
         return None if self._entry is None else self._entry.quantized
 
+    @property
+    def worth_keeping(self) -> Quantized | None:
+        """What is kept now, if it was used, so that one is likely to be wanted after the next step. Nobody does who
+        runs compiled or captured, and of no use are copies that another optimizer's step outdates each time."""
+        if self._entry is None or self._entry.news is not None or self._idle >= _MOST_IDLE:
+            return None
+        return self._entry.quantized
+
     def note_amax(self, weight: Tensor, amax: Tensor) -> None:
         """The weight's finite amax as it is now, 0-dim float32, from an optimizer that has just written it."""
         self._amax = _key(weight), amax
 
+    def keep(self, weight: Tensor, quantized: Quantized, news: News) -> None:
+        """A copy of the weight as it is now, from its cast by others, and what that saw (see `take_news`)."""
+        self._entry = _Entry(_key(weight), quantized, weight.untyped_storage(), news)
+
+    def take_news(self) -> News | None:
+        """Of a copy given to `keep` that was used since the last call; to be taken before the next copy is made."""
+        news, self._news = self._news, None
+        return news
+
     def drop(self) -> None:
-        self._entry = self._amax = None
+        self._release()
+        self._amax = None
+
+    def _release(self) -> None:
+        if self._entry is not None and self._entry.news is not None:
+            self._idle += 1
+        self._entry = None
 
     def close_step(self) -> None:
         """Drop the copy at the end of an optimizer step; for good if the weight's memory comes and goes.
@@ -95,25 +134,32 @@ class WeightCache:
         self.followed = True
         self.drop()
 
+    def wanted(self, weight: Tensor, spec: LinearSpec) -> Policy:
+        """What is kept of this weight in training."""
+        if not spec.shared_weight or type(weight) not in (Tensor, nn.Parameter):
+            return "none"
+        if weight.requires_grad:
+            return self.policy if self.followed else "none"
+        return "one" if weight.dtype == torch.float32 else "none"
+
     def get(
         self, weight: Tensor, spec: LinearSpec, state: OperandState, *, ready: bool, training: bool
     ) -> Quantized | None:
         """The copy of `weight`, made now if need be; None where none is to be kept. Eager mode only."""
         if not training or not torch.is_grad_enabled():
             return None
-        if weight.requires_grad:
-            wanted = self.policy if self.followed else "none"
-        else:
-            wanted = "one" if weight.dtype == torch.float32 else "none"
-        if wanted == "none" or not spec.shared_weight or type(weight) not in (Tensor, nn.Parameter):
+        wanted = self.wanted(weight, spec)
+        if wanted == "none":
             return None
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # a graph that is replayed after the next step has to cast
         key = _key(weight)
         if self._entry is not None and self._entry.key == key:
+            if self._entry.news is not None:
+                self._news, self._entry, self._idle = self._entry.news, self._entry._replace(news=None), 0
             return self._entry.quantized
         assert spec.fprop_weight is not None
-        self._entry = None  # before the new one is made: its memory can serve
+        self._release()  # before the new one is made: its memory can serve
         amax = self._amax[1] if self._amax is not None and self._amax[0] == key else None
         quantized = quantize_matrix(
             weight, spec.fprop_weight, state, ready=ready, observe=True, partials=amax, columns=wanted == "both"

@@ -56,7 +56,7 @@ def release_gradients(optimizer: LowPrecOptimizer) -> GradientRelease:
         inner = inner.optimizer
     if not isinstance(inner, LowPrecOptimizer):
         raise TypeError(f"release_gradients takes an optimizer of hf_lowprec.optim, not a {type(optimizer).__name__}")
-    if inner.__dict__.get(_RELEASED) is not None:
+    if is_released(inner):
         raise ValueError("the gradients of this optimizer are released already")
     if inner.nonfinite != "element":
         raise ValueError(
@@ -71,6 +71,11 @@ def release_gradients(optimizer: LowPrecOptimizer) -> GradientRelease:
             )
     _check_one_process()
     return GradientRelease(inner)
+
+
+def is_released(optimizer: Optimizer) -> bool:
+    """Whether backward updates its parameters."""
+    return optimizer.__dict__.get(_RELEASED) is not None
 
 
 class GradientRelease:

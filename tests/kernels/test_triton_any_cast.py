@@ -224,7 +224,7 @@ def test_operators_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.quantize(x.t(), quant_key(MX[0]), None, False, None, None, None)
     kernels.cast_transpose(x, quant_key(OTHERS[11]), None, False, None, None, None)
     assert taken == [(MX[0], (32, 4), False), (OTHERS[11], (4, 32), True)]
-    assert kernels._plan(quant_key(Quant(format="e4m3fn"))) is not None
+    assert kernels.plan_of(quant_key(Quant(format="e4m3fn"))) is not None
 
 
 def test_one_sample_is_no_constant() -> None:

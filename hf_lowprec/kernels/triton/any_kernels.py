@@ -46,7 +46,10 @@ def count_kernel(x_ptr, counts_ptr, scale_ptr, samples, sample_stride, LARGEST: 
         exponent = scale.to(tl.int32)
         scale = tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
     inverse = tl.div_rn(1.0, scale)
-    count_sample(x_ptr, counts_ptr, 1, 1, samples, sample_stride, inverse, LARGEST, HALF_TINY, True, SAMPLES)
+    count_sample(
+        x_ptr, counts_ptr, tl.program_id(0), tl.num_programs(0), 1, 1, samples, sample_stride, inverse, LARGEST,
+        HALF_TINY, True, SAMPLES,
+    )  # fmt: skip
 
 
 @triton.jit

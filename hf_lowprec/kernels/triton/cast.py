@@ -129,13 +129,12 @@ def raise_amax(amax_ptr, amax):
 
 @triton.jit
 def count_sample(
-    x_ptr, counts_ptr, cols, stride, samples, sample_stride, inverse, FMT_MAX: tl.constexpr, HALF_TINY: tl.constexpr,
-    FLAT: tl.constexpr, SAMPLES: tl.constexpr,
+    x_ptr, counts_ptr, part, parts, cols, stride, samples, sample_stride, inverse, FMT_MAX: tl.constexpr,
+    HALF_TINY: tl.constexpr, FLAT: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Add what the cast does to every `sample_stride`-th element; all programs share the work."""
-    pid = tl.program_id(0)
+    """Add what the cast does to every `sample_stride`-th element; all parts, a program each, share the work."""
     seen = tl.zeros([SAMPLES], dtype=tl.int64)  # three numbers of 21 bits: no program sees 2^20 elements
-    for first in range(pid * SAMPLES, samples, tl.num_programs(0) * SAMPLES):
+    for first in range(part * SAMPLES, samples, parts * SAMPLES):
         which = first + tl.arange(0, SAMPLES)
         offset = which.to(tl.int64) * sample_stride
         if not FLAT:
@@ -145,7 +144,7 @@ def count_sample(
         seen += (finite & (magnitude > FMT_MAX)).to(tl.int64)
         seen += ((magnitude > 0) & (magnitude <= HALF_TINY)).to(tl.int64) << 21
         seen += (finite == 0).to(tl.int64) << 42
-    if pid == 0:
+    if part == 0:
         tl.atomic_add(counts_ptr, samples.to(tl.int64))
     # All add to the same three numbers; nearly all have nothing to add and must not queue for it.
     total = tl.sum(seen, 0)
@@ -184,7 +183,8 @@ def _cast_kernel(
         raise_amax(amax_ptr, tl.max(largest, 0))
     if counts_ptr is not None:
         count_sample(
-            x_ptr, counts_ptr, 1, 1, samples, sample_stride, inverse, FMT_MAX, HALF_TINY, True, SAMPLES
+            x_ptr, counts_ptr, pid, tl.num_programs(0), 1, 1, samples, sample_stride, inverse, FMT_MAX, HALF_TINY,
+            True, SAMPLES,
         )  # fmt: skip
 
 

@@ -73,6 +73,60 @@ def _word_of(y0, y1, y2, y3, Q: tl.constexpr):
     return word
 
 
+@triton.jit
+def cast_tile(
+    x_ptr, rows_ptr, columns_ptr, tile, across, n_rows, n_columns, stride, words, inverse, largest,
+    FMT_MAX: tl.constexpr, Q: tl.constexpr, AMAX: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Casts one tile; returns `largest` [TILE_R / 4, TILE_C], raised by its magnitudes if AMAX.
+
+    across: tiles in a row. words: in a row of `columns`. A layout whose pointer is None is not written.
+    """
+    quad = tl.arange(0, TILE_R // 4)
+    row = tile // across * TILE_R
+    c = tile % across * TILE_C + tl.arange(0, TILE_C)
+    # 64 bits once per tile; within it 32 are enough.
+    x_tile = x_ptr + row.to(tl.int64) * stride
+    offset = quad[:, None] * (4 * stride) + c[None, :]
+    across_ok = (c < n_columns)[None, :]
+    left = n_rows - row - 4 * quad
+    ok0 = (left > 0)[:, None] & across_ok
+    ok1 = (left > 1)[:, None] & across_ok
+    ok2 = (left > 2)[:, None] & across_ok
+    ok3 = (left > 3)[:, None] & across_ok
+    x0 = tl.load(x_tile + offset, mask=ok0, other=0.0)
+    x1 = tl.load(x_tile + offset + stride, mask=ok1, other=0.0)
+    x2 = tl.load(x_tile + offset + 2 * stride, mask=ok2, other=0.0)
+    x3 = tl.load(x_tile + offset + 3 * stride, mask=ok3, other=0.0)
+    x0 = x0.to(tl.float32)
+    x1 = x1.to(tl.float32)
+    x2 = x2.to(tl.float32)
+    x3 = x3.to(tl.float32)
+    if AMAX:
+        largest = tl.maximum(largest, tl.abs(if_finite(x0)))
+        largest = tl.maximum(largest, tl.abs(if_finite(x1)))
+        largest = tl.maximum(largest, tl.abs(if_finite(x2)))
+        largest = tl.maximum(largest, tl.abs(if_finite(x3)))
+    x0 = in_range(x0, inverse, FMT_MAX, Q)
+    x1 = in_range(x1, inverse, FMT_MAX, Q)
+    x2 = in_range(x2, inverse, FMT_MAX, Q)
+    x3 = in_range(x3, inverse, FMT_MAX, Q)
+    if rows_ptr is not None:
+        rows_tile = rows_ptr + row.to(tl.int64) * n_columns
+        offset = quad[:, None] * (4 * n_columns) + c[None, :]
+        tl.store(rows_tile + offset, x0.to(Q), mask=ok0)
+        tl.store(rows_tile + offset + n_columns, x1.to(Q), mask=ok1)
+        tl.store(rows_tile + offset + 2 * n_columns, x2.to(Q), mask=ok2)
+        tl.store(rows_tile + offset + 3 * n_columns, x3.to(Q), mask=ok3)
+    if columns_ptr is not None:
+        w = row // 4 + quad
+        target = columns_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        target += c[:, None].to(tl.int64) * words + w[None, :]
+        word = tl.trans(_word_of(x0, x1, x2, x3, Q))
+        tl.store(target, word, mask=(c < n_columns)[:, None] & (w < words)[None, :])
+    return largest
+
+
 @triton.jit(
     do_not_specialize=["samples", "sample_stride"],
     do_not_specialize_on_alignment=["given_ptr", "scale_ptr", "amax_ptr", "counts_ptr", "partial_ptr"],
@@ -92,56 +146,18 @@ def _cast_transpose_kernel(
             tl.store(scale_ptr, scale)
     inverse = tl.div_rn(1.0, scale)
     across = tl.cdiv(n_columns, TILE_C)
-    words = 4 * pads
-    quad = tl.arange(0, TILE_R // 4)
     largest = tl.zeros([TILE_R // 4, TILE_C], dtype=tl.float32)
     for tile in range(pid, across * tl.cdiv(n_rows, TILE_R), tl.num_programs(0)):
-        row = tile // across * TILE_R
-        c = tile % across * TILE_C + tl.arange(0, TILE_C)
-        # 64 bits once per tile; within it 32 are enough.
-        x_tile = x_ptr + row.to(tl.int64) * stride
-        offset = quad[:, None] * (4 * stride) + c[None, :]
-        across_ok = (c < n_columns)[None, :]
-        left = n_rows - row - 4 * quad
-        ok0 = (left > 0)[:, None] & across_ok
-        ok1 = (left > 1)[:, None] & across_ok
-        ok2 = (left > 2)[:, None] & across_ok
-        ok3 = (left > 3)[:, None] & across_ok
-        x0 = tl.load(x_tile + offset, mask=ok0, other=0.0)
-        x1 = tl.load(x_tile + offset + stride, mask=ok1, other=0.0)
-        x2 = tl.load(x_tile + offset + 2 * stride, mask=ok2, other=0.0)
-        x3 = tl.load(x_tile + offset + 3 * stride, mask=ok3, other=0.0)
-        x0 = x0.to(tl.float32)
-        x1 = x1.to(tl.float32)
-        x2 = x2.to(tl.float32)
-        x3 = x3.to(tl.float32)
-        if amax_ptr is not None:
-            largest = tl.maximum(largest, tl.abs(if_finite(x0)))
-            largest = tl.maximum(largest, tl.abs(if_finite(x1)))
-            largest = tl.maximum(largest, tl.abs(if_finite(x2)))
-            largest = tl.maximum(largest, tl.abs(if_finite(x3)))
-        x0 = in_range(x0, inverse, FMT_MAX, Q)
-        x1 = in_range(x1, inverse, FMT_MAX, Q)
-        x2 = in_range(x2, inverse, FMT_MAX, Q)
-        x3 = in_range(x3, inverse, FMT_MAX, Q)
-        if rows_ptr is not None:
-            rows_tile = rows_ptr + row.to(tl.int64) * n_columns
-            offset = quad[:, None] * (4 * n_columns) + c[None, :]
-            tl.store(rows_tile + offset, x0.to(Q), mask=ok0)
-            tl.store(rows_tile + offset + n_columns, x1.to(Q), mask=ok1)
-            tl.store(rows_tile + offset + 2 * n_columns, x2.to(Q), mask=ok2)
-            tl.store(rows_tile + offset + 3 * n_columns, x3.to(Q), mask=ok3)
-        if columns_ptr is not None:
-            w = row // 4 + quad
-            target = columns_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-            target += c[:, None].to(tl.int64) * words + w[None, :]
-            word = tl.trans(_word_of(x0, x1, x2, x3, Q))
-            tl.store(target, word, mask=(c < n_columns)[:, None] & (w < words)[None, :])
+        largest = cast_tile(
+            x_ptr, rows_ptr, columns_ptr, tile, across, n_rows, n_columns, stride, 4 * pads, inverse, largest,
+            FMT_MAX, Q, amax_ptr is not None, TILE_R, TILE_C,
+        )  # fmt: skip
     if amax_ptr is not None:
         raise_amax(amax_ptr, tl.max(tl.max(largest, 1), 0))
     if counts_ptr is not None:
         count_sample(
-            x_ptr, counts_ptr, n_columns, stride, samples, sample_stride, inverse, FMT_MAX, HALF_TINY, False, SAMPLES
+            x_ptr, counts_ptr, pid, tl.num_programs(0), n_columns, stride, samples, sample_stride, inverse, FMT_MAX,
+            HALF_TINY, False, SAMPLES,
         )  # fmt: skip
 
 
@@ -155,7 +171,7 @@ class _Prepared(NamedTuple):
     warps: int
 
 
-_TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 _launch = Launcher(_cast_transpose_kernel)
 _PREPARED: dict[tuple[Any, ...], _Prepared] = {}
 _MOST_PREPARED = 1 << 16  # shapes without end: start anew
@@ -168,7 +184,7 @@ def _prepare(kind: tuple[Any, ...], plan: CastPlan) -> _Prepared:
     programs = min(-(-r // tile.rows) * -(-c // tile.columns), most)
     every = sample_stride(r * c)
     integers = (r, c, stride, pads, -(-r * c // every), every)
-    tail = (*integers, *plan.constants, method, ready, _TYPES[plan.dtype], length, SAMPLES, *tile[:2])
+    tail = (*integers, *plan.constants, method, ready, TYPES[plan.dtype], length, SAMPLES, *tile[:2])
     specialised = tuple(map(integer_key, integers[:4]))
     # Calls that differ in integers only run the same compiled kernel.
     key = _launch.number((plan.number, x_dtype, aligned, specialised, method, ready, length, *others, tile))
