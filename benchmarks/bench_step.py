@@ -11,8 +11,8 @@ again, and its ratios are to that: none crosses calls. Peers that are not instal
 stay in. `lora` cases train adapters of rank 16 on a frozen base; there the question is memory.
 
     step_ms             median of CUDA-event times over --steps steps after --warmup; host_ms until step() returns
-    peak_gib            torch's peak over those steps; weights_gib, states_gib and held_gib (all that is allocated
-                        between steps) say what it is made of
+    peak_gib            torch's peak over those steps, without what replays of CUDA graphs use (reserved_gib has it);
+                        weights_gib, states_gib and held_gib (all that is allocated between steps) say what it is of
     tflops, mfu_*       step_cases.flops_per_step over the time, and as a share of the GPU's bf16 and FP8 peak
 
 Cases take turns on the GPU (a file lock); while one runs, the next ones only import.
@@ -50,7 +50,7 @@ from harness import (
     start,
     write_results,
 )
-from step_cases import CASES, MICRO, MODELS, Contender, flops_per_step, parse, utilisation
+from step_cases import CASES, GRAPH_WARMUP, MICRO, MODELS, Contender, flops_per_step, parse, utilisation
 
 NOT_INSTALLED = "not installed"
 GIB = 2**30
@@ -137,6 +137,8 @@ def measure(model_name: str, batch: str, recipe: str, device: str, warmup: int, 
         os.environ["HF_LOWPREC_LIGER"] = "1"
     if "nofuse" in contender.options:
         os.environ["HF_LOWPREC_FUSE"] = "0"
+    if "graphs" in contender.options and contender.ours and device == "cuda":  # there are none on a CPU
+        os.environ["HF_LOWPREC_GRAPHS"] = "1"
     options: dict[str, Any] = {"gradient_accumulation_steps": int(batch.split("x")[2])}
     if "compile" in contender.options:
         options["dynamo_backend"] = "inductor"
@@ -165,6 +167,10 @@ def train(
     parameters = sum(p.numel() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = model
+    if "graphs" in contender.options and device == "cuda" and not contender.ours:
+        from hf_lowprec import graph_layers
+
+        graph_layers(model)
     model, optimizer = accelerator.prepare(model, make_optimizer(contender, trained))
     model.train()
     rows, seq, micro_batches = map(int, batch.split("x"))
@@ -180,6 +186,7 @@ def train(
         return loss.detach()
 
     clock = time.perf_counter()
+    warmup += GRAPH_WARMUP if "graphs" in contender.options else 0
     loss, times, hosts, peak = timed(step, warmup, steps, device)
     median = statistics.median(times)
     out = {
@@ -191,10 +198,23 @@ def train(
     }  # fmt: skip
     if not model_name.endswith("-lora"):  # what a frozen weight costs is another formula
         out |= utilisation(flops, median, torch.cuda.get_device_name() if device == "cuda" else None)
+    if "graphs" in contender.options and device == "cuda":
+        out |= graphs_of(inner)
     if contender.ours:
         report = report_of(accelerator, model)
         out |= {"summary": report.summary(), "kernels": report.kernels}
     return out
+
+
+def graphs_of(model: Any) -> dict[str, Any]:
+    """What was captured, and the memory that is reserved: the allocator counts nothing that replays use and free."""
+    import torch
+
+    graphs = model.__dict__["_hf_lowprec_graphs"]
+    return {
+        "graphs": str(graphs), "graphs_captured": graphs.captured, "graphs_replays": graphs.replays,
+        "graphs_eager": graphs.eager, "reserved_gib": round(torch.cuda.memory_reserved() / GIB, 3),
+    }  # fmt: skip
 
 
 def memory_between_steps(model: Any, optimizer: Any, device: str) -> dict[str, float]:

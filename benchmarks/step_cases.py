@@ -15,6 +15,7 @@ options  liger                     liger-kernel's RMSNorm, SwiGLU, rope and fuse
          liger-loss                ours with liger-kernel's fused linear cross-entropy alone (HF_LOWPREC_LIGER=1)
          one, none                 ours with that many cached layouts of the low-precision weights instead of both
          remade                    ours with `saved_inputs: remade`
+         graphs                    CUDA graphs of the layers, ours or the baseline's (hf_lowprec.graph_layers)
          nofuse                    ours without fused norms, GLUs and shared inputs (HF_LOWPREC_FUSE=0)
          8bit, compact, ...        ours with these optimizer states in place of the recipe's
 """
@@ -44,7 +45,8 @@ CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "torchao", "torchao-rowwise+compile", "torchao-rowwise", "te-current+compile", "bf16@bf16+liger",
         "torchao@bf16+compile", "fp8-lm@bf16+compile", "fp8-lm@bf16+remade", "te-current@bf16+remade",
     )),
-    ("1b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm", "te-current", "bf16+liger", "torchao", "torchao+compile",
+    ("1b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm@bf16+graphs", "bf16+graphs", "fp8-lm", "te-current",
+                        "fp8-lm+graphs", "bf16@bf16+graphs", "bf16@bf16", "bf16+liger", "torchao", "torchao+compile",
                         "fp8-lm+compile", "te-delayed", "fp8-amax")),
     ("8b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm", "te-current", "bf16+liger", "bf16@bf16", "torchao",
                         "torchao+compile", "fp8-lm+compile", "te-delayed", "fp8-amax")),
@@ -58,7 +60,8 @@ MICRO = (
 )
 
 PEERS = ("torchao", "torchao-rowwise")
-_SWITCHES = ("liger", "compile", "liger-loss", "one", "none", "nofuse", "remade")
+_SWITCHES = ("liger", "compile", "liger-loss", "one", "none", "nofuse", "remade", "graphs")
+GRAPH_WARMUP = 6  # steps more until layers are captured: three without a change, after scales are known
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def parse(text: str) -> Contender:
         raise ValueError(f"{text!r}: {', '.join([*own, *states])} belongs to recipes of ours")
     if "liger" in contender.options and contender.ours:
         raise ValueError(f"{text!r}: liger replaces the norms and MLPs that a recipe fuses; liger-loss is its loss")
+    if {"graphs", "compile"} <= contender.options:
+        raise ValueError(f"{text!r}: torch.compile has graphs of its own")
     return contender
 
 

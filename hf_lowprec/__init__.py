@@ -26,6 +26,8 @@ _EXPORTS = {
     "load_calibration": "calibration",
     "learned_parameters": "conversion",
     "attach_optimizer": "stepping",
+    "graph_layers": "graphs",
+    "ungraph_layers": "graphs",
     "grad_scaler": "loss_scaling",
     "ConversionError": "conversion",
     "NothingConvertedError": "conversion",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
         learned_parameters,
         revert,
     )
+    from hf_lowprec.graphs import graph_layers, ungraph_layers
     from hf_lowprec.loss_scaling import grad_scaler
     from hf_lowprec.modules import LowPrecLinear, StableEmbedding
     from hf_lowprec.presets import PRESETS

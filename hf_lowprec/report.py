@@ -37,6 +37,7 @@ class ConversionReport:
     optimizer: one line about the optimizer, once one is attached.
     transform: how the model came to unit scale, in a few words.
     attention, loss, loss_scale: what else was chosen for this model, in a few words.
+    graphs: the state of its layers' CUDA graphs; `str()` of it are the words.
     formats: of calibrated models: layer -> formats of its input and of its weight; calibration: how they were found.
     """
 
@@ -68,6 +69,7 @@ class ConversionReport:
     attention: str | None = None
     loss: str | None = None
     loss_scale: str | None = None
+    graphs: object | None = None
     formats: dict[str, tuple[str, str]] = field(default_factory=dict)
     calibration: str | None = None
     _kernels_before: Counter[str] = field(default_factory=kernel_counts, repr=False)
@@ -119,6 +121,7 @@ class ConversionReport:
         parts = (
             ("unit scale:", self.transform), ("attention", self.attention), ("loss", self.loss),
             ("loss scale", self.loss_scale), ("calibrated", self.calibration),
+            ("CUDA graphs:", self.graphs),
         )  # fmt: skip
         return "".join(f"; {what} {words}" for what, words in parts if words is not None)
 

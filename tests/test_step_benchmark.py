@@ -27,7 +27,9 @@ def test_contenders() -> None:
         "te-current", "bf16", "compact", "none", True)  # fmt: skip
     assert parse("fp8-lm@bf16+one+remade").changes == {"weight_cache": "one", "saved_inputs": "remade"}
     assert not parse("torchao-rowwise+compile").ours and not parse("bf16@bf16+liger").ours
-    wrongs = ("fp8-lm@fp16", "bf16+8bit", "torchao+liger-loss", "bf16+remade", "fp8-lm+liger", "fp8-lm+8bit+4bit")
+    assert not parse("bf16+graphs").ours and parse("fp8-lm@bf16+graphs").ours
+    wrongs = ("fp8-lm@fp16", "bf16+8bit", "torchao+liger-loss", "bf16+remade", "fp8-lm+liger", "fp8-lm+8bit+4bit",
+              "bf16+graphs+compile")  # fmt: skip
     for wrong in wrongs:
         with pytest.raises(ValueError, match=wrong.replace("+", r"\+")):
             parse(wrong)

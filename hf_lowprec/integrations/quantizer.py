@@ -33,7 +33,7 @@ class LowPrecConfig(QuantizationConfigMixin):
 
     recipe: a preset's name, a recipe file, a dict, or a Recipe.
     modules_to_not_convert: names or regular expressions of modules to leave alone, added to the defaults.
-    fuse, attention, liger: what comes with a recipe (integrations/switches.py); None follows the environment.
+    fuse, attention, liger, graphs: what comes with a recipe (integrations/switches.py); None follows the environment.
 
     Raises RecipeError for an unknown or malformed recipe, TypeError for a switch that is not True, False or None.
     """
@@ -45,18 +45,19 @@ class LowPrecConfig(QuantizationConfigMixin):
         fuse: bool | None = None,
         attention: bool | None = None,
         liger: bool | None = None,
+        graphs: bool | None = None,
         quant_method: str = _METHOD,
     ) -> None:
         if quant_method != _METHOD:
             raise ValueError(f"quant_method: {quant_method!r} is not {_METHOD!r}")
         self.quant_method = _METHOD  # type: ignore[assignment]  # an enum that is closed upstream
-        for name, value in (("fuse", fuse), ("attention", attention), ("liger", liger)):
+        for name, value in (("fuse", fuse), ("attention", attention), ("liger", liger), ("graphs", graphs)):
             check_switch(name, value)
         self.recipe = get_recipe(recipe)
         if isinstance(modules_to_not_convert, str):
             modules_to_not_convert = [modules_to_not_convert]
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
-        self.fuse, self.attention, self.liger = fuse, attention, liger
+        self.fuse, self.attention, self.liger, self.graphs = fuse, attention, liger, graphs
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `LowPrecConfig.from_dict` reads it back equal."""
@@ -67,6 +68,7 @@ class LowPrecConfig(QuantizationConfigMixin):
             "fuse": self.fuse,
             "attention": self.attention,
             "liger": self.liger,
+            "graphs": self.graphs,
         }
 
     def __eq__(self, other: object) -> bool:
@@ -85,7 +87,7 @@ class LowPrecQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._detach(model)
         config = self.quantization_config
-        switches = Switches(config.fuse, config.attention, config.liger)
+        switches = Switches(config.fuse, config.attention, config.liger, config.graphs)
         convert(model, config.recipe, modules_to_not_convert=config.modules_to_not_convert, fuse=config.fuse)
         settle(model, switches, model.device)
         model._hf_lowprec_request = config.recipe  # Accelerator.prepare attaches the optimizer of a marked model

@@ -6,6 +6,7 @@
 | fused norms, GLUs, shared inputs (`hf_lowprec.convert(fuse=)`) | lowprec_fuse | fuse | HF_LOWPREC_FUSE | on |
 | a look at sdpa's backend (integrations/attention.py) | lowprec_attention | attention | HF_LOWPREC_ATTENTION | on |
 | output embedding and loss in one (integrations/loss.py) | lowprec_liger | liger | HF_LOWPREC_LIGER | off |
+| CUDA graphs of the layers (`hf_lowprec.graph_layers`) | lowprec_graphs | graphs | HF_LOWPREC_GRAPHS | off |
 
 An argument that is None leaves the word to the environment, where 0 is off, 1 is on, and another
 value an error.
@@ -19,8 +20,10 @@ import torch
 from torch import nn
 
 from hf_lowprec.conversion import read_switch, recipe_of, report_of, session_of
+from hf_lowprec.graphs import GraphError, graph_layers
 
 ATTENTION_ENV, LIGER_ENV = "HF_LOWPREC_ATTENTION", "HF_LOWPREC_LIGER"
+GRAPHS_ENV = "HF_LOWPREC_GRAPHS"
 SWITCHES = "_hf_lowprec_switches"  # on an Accelerator: what its Trainer's arguments said; on a model: LowPrecConfig's
 _SHARDING = ("FSDP", "DEEPSPEED")  # the output embedding's weight is whole during its own forward only
 _BASES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,6 +35,7 @@ class Switches(NamedTuple):
     fuse: bool | None = None
     attention: bool | None = None
     liger: bool | None = None
+    graphs: bool | None = None
 
     def over(self, other: Switches) -> Switches:
         """This, and where it says nothing, the other."""
@@ -42,13 +46,15 @@ def settle(model: nn.Module, switches: Switches, device: torch.device, engine: s
     """Switch on around a converted model what is to be on, and put it into its report. Idempotent.
 
     device: where the model will run; it may still be on the CPU. engine: accelerate's DistributedType. Raises
-    ImportError where liger-kernel is asked for and missing, ValueError where the model has no loss to fuse.
+    ImportError where liger-kernel is asked for and missing, ValueError where the model has no loss to fuse, GraphError
+    where graphs are asked for and there is no CUDA device, or no layers that they could be of.
     """
     session, report, recipe = session_of(model), report_of(model), recipe_of(model)
     if session is None or report is None or recipe is None:
         return
     wants_attention = read_switch(ATTENTION_ENV, True) if switches.attention is None else switches.attention
     wants_liger = read_switch(LIGER_ENV, False) if switches.liger is None else switches.liger
+    wants_graphs = read_switch(GRAPHS_ENV, False) if switches.graphs is None else switches.graphs
     if wants_attention and report.attention is None and device.type == "cuda":
         from hf_lowprec.integrations import attention
 
@@ -63,3 +69,12 @@ def settle(model: nn.Module, switches: Switches, device: torch.device, engine: s
         root = session.root
         report.loss = loss.fuse_loss(root)
         session.on_end(lambda: loss.unfuse_loss(root))
+    if wants_graphs and isinstance(report.graphs, str | None):
+        if engine in _SHARDING:
+            report.graphs = f"none ({GRAPHS_ENV} has no effect under {engine})"
+        elif device.type == "cuda":
+            graph_layers(session.root)  # writes itself into the report
+        elif torch.cuda.is_available():
+            report.graphs = f"none (on the {device.type.upper()})"
+        else:
+            raise GraphError("graphs of layers need a CUDA device, and torch.cuda.is_available() is False")

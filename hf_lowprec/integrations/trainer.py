@@ -42,7 +42,8 @@ class LowPrecArguments:
         No Recipe and no dict, since arguments are saved as text in every checkpoint; LowPrecCallback takes those.
     lowprec_optim: an optimizer with low-precision states: `8bit`, `fp8-lm`, ... (AdamW), `stable_adamw:8bit`,
         `lion:8bit`, ..., or `paged-8bit` (bitsandbytes). With a recipe it replaces the states that the recipe names.
-    lowprec_fuse, lowprec_attention, lowprec_liger: what comes with a recipe (integrations/switches.py).
+    lowprec_fuse, lowprec_attention, lowprec_liger, lowprec_graphs: what comes with a recipe
+        (integrations/switches.py).
     bf16: None follows the recipe's base precision, so that an explicit False can be told from the default.
 
     Raises RecipeError for an unknown recipe or another type, and ValueError where `bf16`/`fp16` contradict the
@@ -73,6 +74,13 @@ class LowPrecArguments:
         metadata={
             "help": "Output embedding and loss fused by liger-kernel, without storing the logits of training "
             "steps; unset, HF_LOWPREC_LIGER decides (off)."
+        },
+    )
+    lowprec_graphs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "CUDA graphs of the layers, for steps that wait for the host; unset, HF_LOWPREC_GRAPHS "
+            "decides (off)."
         },
     )
     # `bool`, not `bool | None`: HfArgumentParser then takes a bare `--bf16`.
@@ -203,6 +211,11 @@ class LowPrecMonitorCallback(TrainerCallback):
             trainer_optim.verify(args, kwargs.get("optimizer"))
         if getattr(args, "lowprec_liger", None) and recipe_of(model) is None:
             raise RuntimeError("lowprec_liger=True comes with a recipe, and this model was converted with none")
+        if getattr(args, "lowprec_graphs", None) and recipe_of(model) is None:
+            raise RuntimeError(
+                "lowprec_graphs=True comes with a recipe, and this model was converted with none; "
+                "hf_lowprec.graph_layers(model) does without"
+            )
 
     def on_log(
         self,

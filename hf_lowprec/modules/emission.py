@@ -59,7 +59,7 @@ class Emission:
     def run(self, copies: Copies, amax_of: AmaxOf) -> None:
         """After a step. copies: of `copies`, in a list that nobody else holds. amax_of: as `weight_amax` of an
         optimizer."""
-        alone = [count == _ALONE for count in map(sys.getrefcount, copies)]
+        counts = list(map(sys.getrefcount, copies))
         for i, (ref, weight) in enumerate(self._layers):
             layer, copy = ref(), copies[i]
             if layer is None or copy is None or not weight.requires_grad:
@@ -72,7 +72,8 @@ class Emission:
             amax = amax_of(weight)
             if amax is None and not place.table.finds_amax and parse_quant(quant).scaling.method in _FROM_AMAX:
                 continue
-            if not alone[i] or not _fits(copy, weight, wanted == "both"):
+            alone = counts[i] == _ALONE + layer.weight_cache.gives(copy)
+            if not alone or not _fits(copy, weight, wanted == "both"):
                 copies[i] = copy = None  # its memory can serve for another
                 copy = place.new_copy(weight, quant, wanted == "both")
             place.add(layer, weight, quant, amax, copy)

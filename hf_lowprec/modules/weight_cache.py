@@ -26,10 +26,15 @@ Weights that do not train are written through `.data` between evaluations (mergi
 own: they are kept only while training, before the first step too, and only from float32, where the copy (1 byte)
 stands for the bf16 copy (2 bytes) that autocast would hold for backward. Beside a bf16 weight it would add a byte per
 parameter, and LoRA's peak would exceed bf16 LoRA's.
+
+A graph of a layer (`hf_lowprec.graphs`) reads a copy at a fixed address: `hold` has later copies written to the memory
+of the first, unless a backward pass that is to come still reads what lies there. While a graph is captured no copy is
+made, since replays would make it again: it reads what is `lent`.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,6 +52,11 @@ def weights_changed() -> None:
     """An optimizer has written weights: all copies, of all models, are outdated."""
     global _steps
     _steps += 1
+
+
+def steps() -> int:
+    """How often `weights_changed` was called in this process."""
+    return _steps
 
 
 def _key(weight: Tensor) -> tuple[int, int, int]:
@@ -74,6 +84,8 @@ class WeightCache:
     policy: `both` layouts (2 bytes per parameter, no transpose in backward), `one` (1 byte; backward transposes), or
         `none`: the weight is cast in every forward and backward pass.
     followed: whether a step of an optimizer that follows the layer's model has been seen, or its state been loaded.
+    asked: whether a copy was given out since somebody set it to False.
+    lent: what a captured call reads.
     """
 
     def __init__(self, policy: Policy = "both") -> None:
@@ -83,11 +95,18 @@ class WeightCache:
         self._amax: tuple[tuple[int, int, int], Tensor] | None = None
         self._news: News | None = None
         self._idle = 0  # copies given to `keep` in a row that nobody used
+        self._held: Quantized | None = None
+        self._given: Quantized | None = None  # the tuple by which it was last given out
+        self.asked = False
+        self.lent: Quantized | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts empty: what is kept belongs to one weight, and a pickle could not hold float8. Nor does the
         # optimizer follow the copy (a moving average, say).
-        return {**self.__dict__, "followed": False, "_entry": None, "_amax": None, "_news": None, "_idle": 0}
+        return {
+            **self.__dict__, "followed": False, "_entry": None, "_amax": None, "_news": None, "_idle": 0,
+            **_NOTHING_HELD,
+        }  # fmt: skip
 
     @property
     def quantized(self) -> Quantized | None:
@@ -110,6 +129,10 @@ class WeightCache:
         """A copy of the weight as it is now, from its cast by others, and what that saw (see `take_news`)."""
         self._entry = _Entry(_key(weight), quantized, weight.untyped_storage(), news)
 
+    def gives(self, copy: Quantized) -> bool:
+        """Whether the cache holds this tuple for the sake of graphs."""
+        return self._given is copy
+
     def take_news(self) -> News | None:
         """Of a copy given to `keep` that was used since the last call; to be taken before the next copy is made."""
         news, self._news = self._news, None
@@ -123,6 +146,20 @@ class WeightCache:
         if self._entry is not None and self._entry.news is not None:
             self._idle += 1
         self._entry = None
+
+    def hold(self) -> None:
+        """Have later copies written to the memory of the one that is kept now, as long as they have its layouts."""
+        if self._entry is not None and self._entry.quantized is not self._given:
+            self._given = self._entry.quantized
+            self._held = Quantized(*self._given)  # another tuple: who holds the one that is given out can be counted
+
+    def holds(self, copy: Quantized) -> bool:
+        """Whether later copies will be written there."""
+        return self._held is not None and same_place(self._held, copy)
+
+    def release(self) -> None:
+        """The end of `hold`."""
+        self._held = self._given = None
 
     def close_step(self) -> None:
         """Drop the copy at the end of an optimizer step; for good if the weight's memory comes and goes.
@@ -152,11 +189,14 @@ class WeightCache:
         if wanted == "none":
             return None
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # a graph that is replayed after the next step has to cast
+            return self.lent  # None: a graph that is replayed after the next step has to cast
         key = _key(weight)
+        self.asked = True
         if self._entry is not None and self._entry.key == key:
             if self._entry.news is not None:
                 self._news, self._entry, self._idle = self._entry.news, self._entry._replace(news=None), 0
+            if self._held is not None and self._entry.quantized is not self._given:
+                self._entry = self._entry._replace(quantized=self._into_held(self._entry.quantized))
             return self._entry.quantized
         assert spec.fprop_weight is not None
         self._release()  # before the new one is made: its memory can serve
@@ -164,5 +204,48 @@ class WeightCache:
         quantized = quantize_matrix(
             weight, spec.fprop_weight, state, ready=ready, observe=True, partials=amax, columns=wanted == "both"
         )
+        quantized = self._into_held(quantized)
         self._entry = _Entry(key, quantized, weight.untyped_storage())
         return quantized
+
+    def _into_held(self, new: Quantized) -> Quantized:
+        """The held copy with the contents of `new`; `new` itself where none is held or somebody still reads it."""
+        if self._held is None:
+            return new
+        if not _alike(self._held, new):
+            self.release()
+            return new
+        if self._given is not None and sys.getrefcount(self._given) != _ALONE:
+            return new
+        for old, fresh in zip(_tensors(self._held), _tensors(new), strict=True):
+            if old is not None and fresh is not None:
+                old.copy_(fresh)
+        self._given = Quantized(*self._held)
+        return self._given
+
+
+class _Given:
+    def __init__(self) -> None:
+        self.given = Quantized(None, torch.zeros(()))
+
+    def count(self) -> int:
+        return sys.getrefcount(self.given)
+
+
+_ALONE = _Given().count()  # of what an attribute alone holds; versions of Python count differently
+_NOTHING_HELD = {"_held": None, "_given": None, "lent": None}
+
+
+def same_place(a: Quantized, b: Quantized) -> bool:
+    """Whether two copies are the same tensors."""
+    return all(x is y for x, y in zip(_tensors(a), _tensors(b), strict=True))
+
+
+def _tensors(copy: Quantized) -> tuple[Tensor | None, ...]:
+    return copy.qdata, copy.scale, copy.transposed
+
+
+def _alike(a: Quantized, b: Quantized) -> bool:
+    """Whether two copies have the same layouts."""
+    kinds = [tuple(None if t is None else (t.shape, t.dtype, t.device) for t in _tensors(copy)) for copy in (a, b)]
+    return kinds[0] == kinds[1]

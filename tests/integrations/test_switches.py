@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fuse, attention and liger on their way from arguments, LowPrecConfig and the environment to the model."""
+"""fuse, attention, liger and graphs on their way from arguments, LowPrecConfig and the environment to the model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer
 
 import hf_lowprec
 from hf_lowprec.conversion import report_of
+from hf_lowprec.graphs import GraphError
 from hf_lowprec.integrations import switches
 from hf_lowprec.integrations.quantizer import LowPrecConfig
 from hf_lowprec.integrations.switches import Switches
@@ -23,7 +24,7 @@ from hf_lowprec.integrations.trainer import LowPrecTrainingArguments
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch):
     for name in ("HF_LOWPREC_RECIPE", "ACCELERATE_MIXED_PRECISION", "HF_LOWPREC_FUSE", "HF_LOWPREC_LIGER",
-                 "HF_LOWPREC_ATTENTION"):  # fmt: skip
+                 "HF_LOWPREC_ATTENTION", "HF_LOWPREC_GRAPHS"):  # fmt: skip
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -69,12 +70,12 @@ def test_fuse(
 
 def test_arguments_win_over_the_config_at_load(tmp_path: Path, settled: list[tuple[Any, ...]]) -> None:
     llama().save_pretrained(tmp_path / "model")
-    config = LowPrecConfig("te-current", fuse=False, attention=False, liger=True)
+    config = LowPrecConfig("te-current", fuse=False, attention=False, liger=True, graphs=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
     assert not report_of(model).norms
-    assert settled == [((False, False, True), "cpu", "NO")]
-    train(tmp_path, model, lowprec_liger=False)
-    assert settled[1] == ((False, False, False), "cpu", "NO")
+    assert settled == [((False, False, True, True), "cpu", "NO")]
+    train(tmp_path, model, lowprec_liger=False, lowprec_graphs=False)
+    assert settled[1] == ((False, False, False, False), "cpu", "NO")
     assert LowPrecConfig.from_dict(config.to_dict()) == config
     assert LowPrecConfig.from_dict(config.to_dict()) != LowPrecConfig("te-current")
 
@@ -131,13 +132,38 @@ def test_the_fused_loss_stays_off_where_weights_are_sharded() -> None:
     assert type(model.lm_head) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("name", ["fuse", "attention", "liger"])
+def test_graphs_without_a_cuda_device_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GraphError, match="need a CUDA device"):
+        train(tmp_path, lowprec_graphs=True)
+    monkeypatch.setenv("HF_LOWPREC_GRAPHS", "1")
+    model = llama()
+    hf_lowprec.convert(model, "te-current")
+    with pytest.raises(GraphError, match="need a CUDA device"):
+        switches.settle(model, Switches(), torch.device("cpu"))
+
+
+def test_graphs_on_a_cuda_device_and_where_weights_are_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_lowprec.graphs import LayerGraphs
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for engine, said in (("FSDP", "none (HF_LOWPREC_GRAPHS has no effect under FSDP)"),
+                         ("MULTI_GPU", "0 of 2 layers of model.layers")):  # fmt: skip
+        model = llama()
+        report = hf_lowprec.convert(model, "te-current", emulate=True)
+        switches.settle(model, Switches(attention=False, graphs=True), torch.device("cuda"), engine=engine)
+        assert str(report.graphs) == said and f"CUDA graphs: {said}" in report.summary()
+        assert isinstance(report.graphs, LayerGraphs) == (engine != "FSDP")
+        hf_lowprec.revert(model)
+        assert model.__dict__.get("_hf_lowprec_graphs") is None
+
+
+@pytest.mark.parametrize("name", ["fuse", "attention", "liger", "graphs"])
 def test_switches_of_the_config_are_checked(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}='yes': True, False or None"):
         LowPrecConfig("te-current", **{name: "yes"})
 
 
-@pytest.mark.parametrize("name", ["HF_LOWPREC_ATTENTION", "HF_LOWPREC_LIGER"])
+@pytest.mark.parametrize("name", ["HF_LOWPREC_ATTENTION", "HF_LOWPREC_LIGER", "HF_LOWPREC_GRAPHS"])
 def test_switches_of_the_environment_are_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     hf_lowprec.convert(model, "te-current")
