@@ -47,7 +47,8 @@ def rotary_backward(
     """The gradient of x, in dtype `out`, from that of `rotary`'s result; autograd's, zeros' signs included.
 
     mid: what the two gradients of each element are rounded to before they are added.
-    stride: of x. The result has no gaps, and its dimensions in the same order.
+    stride: of x. The result has no gaps, and its dimensions in the same order, so that the linear before x reads it as
+        it is; autograd's is contiguous, and copied there.
     """
     cos, sin = cos.unsqueeze(dim).float(), sin.unsqueeze(dim).float()
     width = cos.shape[-1]
