@@ -69,8 +69,15 @@ def prepare(model: Any, recipe: str, run: Callable[[], Any]) -> Any:
     for state in fused_states(model):
         if hasattr(state, "emulate"):
             state.emulate = True  # norms: take the kernels on the CPU as well
+    emulate_rotary(session, True)
     run()
     return session
+
+
+def emulate_rotary(session: Any, on: bool) -> None:
+    """Whether rotary embeddings take the kernel on the CPU as well, for whatever model of the file calls them."""
+    for use in session.rotary:
+        use.patch.emulate = on
 
 
 def micro_batch(model: Any, x: Any, grad: Any) -> Callable[[], Any]:
@@ -171,7 +178,15 @@ class Contender:
             if recipe != BASELINE:
                 self.session = prepare(model, recipe, self.runs[size])
 
+    def begin(self) -> None:
+        """The file of the bf16 model is the converted ones', and so is its function."""
+        from hf_lowprec.session import live_sessions
+
+        for session in live_sessions():
+            emulate_rotary(session, self.session is not None)
+
     def count(self) -> dict[str, Any]:
+        self.begin()
         found = {}
         for size, run in self.runs.items():
             for _ in range(5):
@@ -191,6 +206,7 @@ class Contender:
     def clock(self, rounds: int) -> None:
         from hf_lowprec.modules import weights_changed
 
+        self.begin()
         for size, run in self.runs.items():
             self.times[size] += clocked(run, rounds)
         if self.session is not None:
@@ -254,6 +270,7 @@ def main() -> int:
             cases.append({**case, "environment": here})
             print(show(case), flush=True)
             if args.profile:
+                contender.begin()
                 show_profile(contender.runs[1 + args.layers], args.profile)
     out = args.out or (SCRATCH if args.micro else RESULTS) / "host.json"
     write_results(out, {"benchmark": "host", "layers": args.layers, "rounds": args.rounds, "cases": cases})

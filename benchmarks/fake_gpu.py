@@ -50,13 +50,14 @@ def _scaled_mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, **_: Any) -> Ten
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """CPU tensors take the way of CUDA tensors through `hf_lowprec.ops`; norms need `emulate` set beside."""
+    """CPU tensors take the way of CUDA tensors through `hf_lowprec.ops`; norms and rotary embeddings need
+    `emulate` set beside."""
     from hf_lowprec.kernels.triton.launch import Launcher
     from hf_lowprec.ops import registry
 
     modules = {
         name: importlib.import_module(f"hf_lowprec.{name}")
-        for name in ("ops.quantize", "ops.scaled_mm", "ops.glu", "ops.norm", "kernels.scaled_mm")
+        for name in ("ops.quantize", "ops.scaled_mm", "ops.glu", "ops.norm", "ops.rotary", "kernels.scaled_mm")
     }
     plain = (Tensor, torch.nn.Parameter)
 
@@ -71,7 +72,7 @@ def fake_gpu() -> Iterator[None]:
     changes.append((modules["kernels.scaled_mm"], "_supported", lambda device, a, b: f"_scaled_mm {a[:6]}"))
     changes.append((torch, "_scaled_mm", _scaled_mm))
     changes.append((torch._C, "_cuda_getCurrentRawStream", lambda device: 0))
-    for name in ("cast", "cast_transpose", "transpose", "norm", "glu", "glu_backward"):
+    for name in ("cast", "cast_transpose", "transpose", "norm", "glu", "glu_backward", "rotary"):
         module = importlib.import_module(f"hf_lowprec.kernels.triton.{name}")
         for attribute, value in vars(module).items():
             if isinstance(value, Launcher):

@@ -114,6 +114,38 @@ def norm(rows: int, columns: int, device: str) -> Iterator[Case]:
             yield Case(kind.format("backward"), backward, 3 * size * n)
 
 
+def rotary(rows: int, columns: int, device: str) -> Iterator[Case]:
+    """Two texts of rows / 2 tokens; columns of q, a quarter of them of k, in heads of 128, as linears leave them."""
+    import torch
+
+    from hf_lowprec.ops import rotary as ops_rotary
+
+    size = min(128, columns // 4)
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def case(name: str, x_dtype: torch.dtype, table: torch.dtype, out: torch.dtype, backward: bool) -> Case:
+        def make() -> Callable[[], Any]:
+            def view(wide: int, dtype: torch.dtype) -> torch.Tensor:
+                x = torch.randn(2, rows // 2, wide, device=device).to(dtype)
+                return x.view(2, rows // 2, -1, size).transpose(1, 2)
+
+            cos, sin = (torch.randn(1, rows // 2, size, device=device).to(table) for _ in range(2))
+            if not backward:
+                q, k = view(columns, x_dtype), view(columns // 4, x_dtype)
+                return lambda: ops_rotary.rotary(q, k, cos, sin, 1, out, out, False)
+            q, k = view(columns, out), view(columns // 4, out)
+            strides = q.stride(), k.stride()
+            return lambda: ops_rotary.rotary_backward(q, k, cos, sin, 1, x_dtype, x_dtype, *strides)
+
+        turned = rows * (columns + columns // 4) * (x_dtype.itemsize + out.itemsize)
+        return Case(f"rotary {name}", make, turned + rows * size * table.itemsize)
+
+    for way in ("forward", "backward"):
+        yield case(way, bf16, bf16, bf16, way == "backward")
+        yield case(f"{way}, cosines and results float32", bf16, fp32, fp32, way == "backward")
+        yield case(f"{way}, float32", fp32, fp32, fp32, way == "backward")
+
+
 def glu(rows: int, columns: int, device: str) -> Iterator[Case]:
     import torch
 
@@ -185,8 +217,8 @@ def gemm(rows: int, columns: int, device: str) -> Iterator[Case]:
 
 
 FAMILIES: dict[str, Callable[[int, int, str], Iterator[Case]]] = {
-    "copy": copy, "cast": cast, "norm": norm, "glu": glu, "gemm": gemm,
+    "copy": copy, "cast": cast, "norm": norm, "rotary": rotary, "glu": glu, "gemm": gemm,
 }  # fmt: skip
 SHAPES = {"copy": ((8192, 14336),), "cast": ((8192, 4096), (8192, 14336), (2048, 2048)),
-          "norm": ((8192, 4096), (8192, 2048)), "glu": ((8192, 14336), (2048, 8192)),
-          "gemm": ((8192, 4096), (2048, 2048))}  # fmt: skip
+          "norm": ((8192, 4096), (8192, 2048)), "rotary": ((8192, 4096), (2048, 2048)),
+          "glu": ((8192, 14336), (2048, 8192)), "gemm": ((8192, 4096), (2048, 2048))}  # fmt: skip

@@ -72,7 +72,8 @@ def convert(
         module_filter_fn: called with (module, name); False leaves the module alone.
         emulate: on a GPU without FP8 tensor cores, compute the same numbers slowly instead of raising. Recipes that
             no GPU has, or only those with MX tensor cores (sm_100), are emulated elsewhere without it.
-        fuse: quantise a tensor once for all linears that read it, fuse norms and MLPs (docs/fusing.md).
+        fuse: quantise a tensor once for all linears that read it, fuse norms, MLPs and rotary embeddings
+            (docs/fusing.md).
             None: as the environment variable HF_LOWPREC_FUSE says, 0 or 1; it is on where that is unset.
         min_numel: leave linears in the base precision whose weight has fewer elements. None: the size below which FP8
             gains nothing on this GPU, where that was measured (`break_even`) and the environment variable
@@ -178,7 +179,7 @@ def convert(
         planned.scaled.watch(planned.tokens_seen_by)
     if layers and fuse:
         on_gpu = always and torch.cuda.is_available()
-        fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
+        session.rotary = fusion.fuse(model, chosen, layers, report, emulate=on_gpu, patterns=patterns)
     stepping.install_hooks()
     _mark(session)
     return report

@@ -38,13 +38,13 @@ from hf_lowprec import ops
 from hf_lowprec.operands import LinearSpec, OperandState, Quantized, base_dtype
 
 
-def first_order(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """torch's `once_differentiable`, for a third of its host time where no second derivative is asked for."""
     refusing = once_differentiable(backward)
 
     @wraps(backward)
-    def wrapper(ctx: Any, grad: Tensor) -> Any:
-        return refusing(ctx, grad) if torch.is_grad_enabled() else backward(ctx, grad)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return wrapper
 

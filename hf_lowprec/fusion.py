@@ -4,6 +4,8 @@
 - Linears that read the same tensor quantise it once (`modules.sharing`).
 - Norms run in one kernel each way (`modules.norm`).
 - MLPs run their activation, product and quantisation in one kernel each way (`modules.glu`).
+- Rotary embeddings of q and k run in one kernel each way (`modules.rotary`). These are functions, not modules: what is
+  replaced is a global of the modeling file, as long as the conversion lives (`modules.rotary_use`).
 
 Weights, names, children and hooks stay as they are: a fused module is its own class with another `forward`, which
 calls its children as modules. `unfuse` takes it back.
@@ -11,7 +13,7 @@ calls its children as modules. `unfuse` takes it back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +22,7 @@ from hf_lowprec.modules import LayerState
 from hf_lowprec.modules.glu import GLU, LowPrecGLU, fuse_glu, unfuse_glu
 from hf_lowprec.modules.linear import forward_is_replaced
 from hf_lowprec.modules.norm import LowPrecNorm, fuse_norm, norm_kind, unfuse_norm
+from hf_lowprec.modules.rotary_use import RotaryUse, problem, rotary_calls
 from hf_lowprec.modules.sharing import share_input
 from hf_lowprec.recipe import Recipe
 from hf_lowprec.report import ConversionReport
@@ -35,12 +38,14 @@ def fuse(
     *,
     emulate: bool,
     patterns: Sequence[str] = (),
-) -> None:
+) -> list[RotaryUse]:
     """Fuse what can be in a model whose linears are converted, and write it into `report`.
 
     emulate: the recipe is emulated on a GPU; norms then keep their own forward, which the fused one is compared with.
         MLPs are fused all the same, since that carries out the recipe's `saved`.
     patterns: of names of modules that stay as they are (`modules_to_not_convert`).
+
+    Returns: what keeps rotary embeddings fused while it lives.
     """
     modules = dict(model.named_modules())
 
@@ -82,6 +87,26 @@ def fuse(
                 report.remade.update(dict.fromkeys(down, f"from gate and up{held}"))
         else:
             report.unfused_mlps[name] = reason
+    return _fuse_rotary(modules, report, reason_to_leave)
+
+
+def _fuse_rotary(
+    modules: Mapping[str, nn.Module], report: ConversionReport, reason_to_leave: Callable[[str], str | None]
+) -> list[RotaryUse]:
+    """Of the functions that modules call, fuse those that can be."""
+    calls = [(name, *call) for name, module in modules.items() for call in rotary_calls(module)]
+    problems = {(file, function): problem(file, function) for _, file, function in calls}
+    uses: dict[tuple[str, str], RotaryUse] = {}
+    for name, file, function in calls:
+        where = f"{name}: {function}" if name else function
+        reason = reason_to_leave(name) or problems[file, function]
+        if reason is None:
+            if (file, function) not in uses:
+                uses[file, function] = RotaryUse(file, function)
+            report.rotary[where] = file
+        else:
+            report.unfused_rotary[where] = reason
+    return list(uses.values())
 
 
 def _let_remake(norm: nn.Module, readers: Sequence[LayerState]) -> None:

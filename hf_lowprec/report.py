@@ -30,6 +30,8 @@ class ConversionReport:
     mlps, unfused_mlps: MLP -> what it computes; or -> why it runs unfused.
     remade: linear that keeps no codes of its input -> what backward makes them of (`Recipe.saved_inputs`). Attention
         is not among these: which of its kernels runs is known at a call.
+    rotary, unfused_rotary: "module: function" for each rotary embedding -> the file it is from; or -> why it runs
+        unfused.
     untraced: model or part of it -> why nobody knows which of its modules read the same tensors.
     emulated, why_emulated: whether GEMMs are computed slowly, and why that is so although nobody asked for it.
     least_tokens: converted linear -> rows of its input below which a call runs in the base precision.
@@ -54,6 +56,8 @@ class ConversionReport:
     mlps: dict[str, str] = field(default_factory=dict)
     unfused_mlps: dict[str, str] = field(default_factory=dict)
     remade: dict[str, str] = field(default_factory=dict)
+    rotary: dict[str, str] = field(default_factory=dict)
+    unfused_rotary: dict[str, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
     least_tokens: dict[str, int] = field(default_factory=dict)
     measured_on: str | None = None
@@ -111,8 +115,12 @@ class ConversionReport:
         return f" from {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} tokens a call on{source}"
 
     def _fused(self) -> str:
-        """`; fused: 64 of 65 norms, 32 of 32 MLPs, 64 shared inputs`, without what the model does not have."""
-        kinds = (("norms", self.norms, self.unfused_norms), ("MLPs", self.mlps, self.unfused_mlps))
+        """`; fused: 64 of 65 norms, 32 of 32 MLPs, 32 of 32 rotary embeddings, 64 shared inputs`, without what the
+        model does not have."""
+        kinds = (
+            ("norms", self.norms, self.unfused_norms), ("MLPs", self.mlps, self.unfused_mlps),
+            ("rotary embeddings", self.rotary, self.unfused_rotary),
+        )  # fmt: skip
         words = [f"{len(fused)} of {len(fused) + len(left)} {what}" for what, fused, left in kinds if fused or left]
         words += [f"{len(self.shared)} shared inputs"] if self.shared else []
         return f"; fused: {', '.join(words)}" if words else ""
@@ -160,7 +168,8 @@ class ConversionReport:
         for reason, names in _grouped(self.unread).items():
             lines += [f"  fused norm, {reason}: {words}" for words in _kinds(names)]
         lines += [f"  fused MLP: {words}" for words in _kinds(f"{name} = {what}" for name, what in self.mlps.items())]
-        for reason, names in _grouped({**self.unfused_norms, **self.unfused_mlps}).items():
+        lines += [f"  fused rotary embedding: {words}" for words in _kinds(self.rotary)]
+        for reason, names in _grouped({**self.unfused_norms, **self.unfused_mlps, **self.unfused_rotary}).items():
             lines += [f"  unfused, {reason}: {words}" for words in _kinds(names)]
         if self.recipe.saved_inputs == "remade":
             made = (f"{name}, {how}" for name, how in self.remade.items())

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_lowprec.modules import ScalingState
 from hf_lowprec.modules.linear import LowPrecMixin
+from hf_lowprec.modules.rotary_use import RotaryUse
 from hf_lowprec.optim.gradient import GradientQuantizer
 from hf_lowprec.optim.ranges import RangeTrainer
 from hf_lowprec.presets import get_recipe
@@ -38,6 +39,7 @@ class Session:
         self.report = report
         self.scaling = scaling
         self._at_end: list[Callable[[], None]] = []
+        self.rotary: list[RotaryUse] = []  # of functions that take a kernel while this lives
         self.options: tuple[object, ...] = ()  # what `convert` was asked for beside the recipe
         self.transform: UnitScaled | None = None
         self.gradients: GradientQuantizer | None = None
@@ -64,6 +66,9 @@ class Session:
     def end(self) -> None:
         self.root.__dict__.pop("_hf_lowprec", None)
         _LIVE.discard(self)
+        for use in self.rotary:
+            use.release()
+        self.rotary.clear()
         while self._at_end:
             self._at_end.pop()()
 

@@ -259,7 +259,8 @@ def test_inspect_shows_what_runs_together(config):
         "one input: 3 x model.layers.*.self_attn.q_proj + k_proj + v_proj",
         "fused norm: 3 x model.layers.*.post_attention_layernorm -> model.layers.*.mlp.gate_proj + up_proj",
         "fused MLP: 3 x model.layers.*.mlp = down_proj(silu(gate_proj(x)) * up_proj(x))",
-        "fused: 7 of 7 norms, 3 of 3 MLPs, 6 shared inputs",
+        "fused: 7 of 7 norms, 3 of 3 MLPs, 3 of 3 rotary embeddings, 6 shared inputs",
+        "fused rotary embedding: 3 x model.layers.*.self_attn: apply_rotary_pos_emb",
     ):
         assert line in output
 

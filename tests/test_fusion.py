@@ -60,13 +60,15 @@ def test_llama_is_fused_and_the_report_says_so() -> None:
     assert report.norms["model.layers.0.input_layernorm"] == report.shared[0] and report.norms["model.norm"] == ()
     assert report.mlps["model.layers.1.mlp"] == "down_proj(silu(gate_proj(x)) * up_proj(x))"
     assert report.unfused_norms == report.unfused_mlps == report.untraced == {}
-    assert "fused: 5 of 5 norms, 2 of 2 MLPs, 4 shared inputs;" in report.summary() and "\n" not in report.summary()
+    counts = "fused: 5 of 5 norms, 2 of 2 MLPs, 2 of 2 rotary embeddings, 4 shared inputs;"
+    assert counts in report.summary() and "\n" not in report.summary()
     text = str(report)
     for line in (
         "one input: 2 x model.layers.*.self_attn.q_proj + k_proj + v_proj",
         "fused norm: 2 x model.layers.*.post_attention_layernorm -> model.layers.*.mlp.gate_proj + up_proj",
         "fused norm, no converted linear reads it: model.norm\n",
         "fused MLP: 2 x model.layers.*.mlp = down_proj(silu(gate_proj(x)) * up_proj(x))",
+        "fused rotary embedding: 2 x model.layers.*.self_attn: apply_rotary_pos_emb",
     ):
         assert line in text
 
@@ -114,7 +116,7 @@ def test_emulated_recipes_leave_norms_alone_on_a_gpu(monkeypatch: pytest.MonkeyP
     report = hf_lowprec.convert(model, "te-current", emulate=True)
     assert fused_names(model) == {"model.layers.0.mlp", "model.layers.1.mlp"} and len(report.shared) == 4
     assert set(report.unfused_norms.values()) == {"the recipe is emulated"} and report.unfused_mlps == {}
-    assert "fused: 0 of 5 norms, 2 of 2 MLPs, 4 shared inputs" in report.summary()
+    assert "fused: 0 of 5 norms, 2 of 2 MLPs, 2 of 2 rotary embeddings, 4 shared inputs" in report.summary()
     assert "unfused, the recipe is emulated: 2 x model.layers.*.input_layernorm" in str(report)
 
 
@@ -172,7 +174,7 @@ def test_other_forwards_stay() -> None:
         "model.layers.0.input_layernorm": replaced,
         "model.layers.1.input_layernorm": "no norm that there is a kernel for",
     }
-    assert "fused: 3 of 5 norms, 1 of 2 MLPs, 4 shared inputs" in report.summary()
+    assert "fused: 3 of 5 norms, 1 of 2 MLPs, 2 of 2 rotary embeddings, 4 shared inputs" in report.summary()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 
 | | argument of LowPrec...Arguments | of LowPrecConfig | environment | default |
 |---|---|---|---|---|
-| fused norms, GLUs, shared inputs (`hf_lowprec.convert(fuse=)`) | lowprec_fuse | fuse | HF_LOWPREC_FUSE | on |
+| norms, GLUs, rotary embeddings, shared inputs (`convert(fuse=)`) | lowprec_fuse | fuse | HF_LOWPREC_FUSE | on |
 | a look at sdpa's backend (integrations/attention.py) | lowprec_attention | attention | HF_LOWPREC_ATTENTION | on |
 | output embedding and loss in one (integrations/loss.py) | lowprec_liger | liger | HF_LOWPREC_LIGER | off |
 | CUDA graphs of the layers (`hf_lowprec.graph_layers`) | lowprec_graphs | graphs | HF_LOWPREC_GRAPHS | off |

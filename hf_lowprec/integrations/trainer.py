@@ -63,7 +63,7 @@ class LowPrecArguments:
     )
     lowprec_fuse: bool | None = field(
         default=None,
-        metadata={"help": "Fused norms, gated MLPs and shared inputs; unset, HF_LOWPREC_FUSE decides (on)."},
+        metadata={"help": "Fused norms, MLPs, rotary embeddings, shared inputs; unset, HF_LOWPREC_FUSE decides (on)."},
     )
     lowprec_attention: bool | None = field(
         default=None,

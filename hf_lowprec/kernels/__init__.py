@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import Any
 
 import hf_lowprec.ops.glu
-import hf_lowprec.ops.norm  # noqa: F401  (the schemas)
+import hf_lowprec.ops.norm
+import hf_lowprec.ops.rotary  # noqa: F401  (the schemas)
 from hf_lowprec.ops.registry import CUDA_KERNELS, LIBRARY
 
 
@@ -43,3 +44,5 @@ _register("norm_backward", "norm")
 _register("glu", "glu")
 _register("glu_backward", "glu")
 _register("glu_again", "glu")
+_register("rotary", "rotary")
+_register("rotary_backward", "rotary")
