@@ -56,10 +56,10 @@ def casts_of(cases: list[Any], device: torch.device | str = "cpu") -> list[Weigh
     return out
 
 
-def same(a: Tensor | None, b: Tensor) -> bool:
-    """Equal bits, any NaN for any NaN."""
-    if a is None:
-        return not b.numel()
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal bits, any NaN for any NaN; a layout that nobody asked for is None or empty."""
+    if a is None or b is None:
+        return a is None and (b is None or not b.numel())
     nan = a.float().isnan()
     same = a.view(torch.uint8) == b.view(torch.uint8)
     return a.dtype == b.dtype and a.shape == b.shape and bool((same | (nan & b.float().isnan())).all())
