@@ -81,43 +81,6 @@ def _square(g):
 
 
 @triton.jit
-def _bad(words, wire, wire_inverse, GRAD: tl.constexpr, WIRED: tl.constexpr, NATIVE: tl.constexpr,
-         FAST: tl.constexpr):  # fmt: skip
-    """Which elements' gradients are not finite, or their squares are not."""
-    g = from_float(elements(not_speculated(words), 32 if GRAD == "fp32" else 16, FAST), GRAD)
-    if WIRED:
-        if wire != 0:
-            g = through(g * wire_inverse, wire, GRAD, NATIVE, False)
-    return _square(g) == 0
-
-
-@triton.jit
-def _dirty(base, begin, left, wire, wire_inverse, GRAD: tl.constexpr, WIRED: tl.constexpr, EACH: tl.constexpr,
-           FAST: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Whether any gradient of the chunk may be `_bad`, so that clean chunks need not ask every element several times.
-
-    The gradient is read twice, the second time from the second-level cache. From 2^63 (float16: from infinity) on, an
-    addition carries into the sign's place, for two elements of 16 bits at a time.
-    """
-    BITS: tl.constexpr = 32 if GRAD == "fp32" else 16
-    HALVES: tl.constexpr = BITS == 16 and FAST
-    MAGNITUDE: tl.constexpr = 0x7FFF7FFF if HALVES else 0x7FFFFFFF if BITS == 32 else 0x7FFF
-    LIMIT: tl.constexpr = 0x5F000000 if GRAD == "fp32" else 0x5F00 if GRAD == "bf16" else 0x7C00
-    CARRY: tl.constexpr = (0x80000000 if BITS == 32 else 0x8000) - LIMIT
-    ADDEND: tl.constexpr = CARRY * 0x10001 if HALVES else CARRY
-    SIGNS: tl.constexpr = -0x7FFF8000 if HALVES else -0x80000000 if BITS == 32 else 0x8000
-    SIZE: tl.constexpr = TILE // 2 if HALVES else TILE
-    carried = tl.zeros([1, SIZE], dtype=tl.int32)
-    for tile in tl.range(0, tl.cdiv(left, TILE)):
-        words = load_words(base, begin, tile, left, BITS, 1, TILE, EACH, FAST)
-        carried |= (words & MAGNITUDE) + ADDEND
-    dirty = tl.max(((carried & SIGNS) != 0).to(tl.int32)) != 0
-    if WIRED:  # a scale beyond the range of float32
-        dirty = dirty | (wire_inverse == float("inf")) | (wire == float("inf"))
-    return dirty
-
-
-@triton.jit
 def _add_extremes(seen, hits):
     if hits > 0:
         tl.atomic_add(seen + N_EXTREMES, hits)
@@ -246,8 +209,6 @@ def step_kernel(
     GRAD_BITS: tl.constexpr = 32 if GRAD == "fp32" else 16
     ROWS: tl.constexpr = TILE // BLOCK
     inside = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    if ELEMENT:
-        dirty = _dirty(grad_base, begin, left, wire, wire_inverse, GRAD, WIRED, EACH, FAST, TILE)
     first_amax = tl.zeros([ROWS, BLOCK // EACH], dtype=tl.int32)
     second_amax = first_amax
     master_amax = first_amax
@@ -276,9 +237,8 @@ def step_kernel(
                 hits += tl.sum(tl.reshape(at_extremes(z), [ROWS, BLOCK // EACH, EACH]), 2)
                 g = through(z, wire, GRAD, NATIVE, not ELEMENT)
         if ELEMENT:
-            if dirty:
-                bad = _bad(grad_words, wire, wire_inverse, GRAD, WIRED, NATIVE, FAST)
-                skips += tl.sum(tl.reshape(bad.to(tl.int32), [ROWS, BLOCK // EACH, EACH]), 2)
+            bad = _square(g) == 0
+            skips += tl.sum(tl.reshape(bad.to(tl.int32), [ROWS, BLOCK // EACH, EACH]), 2)
         g = g * gain
         if COUPLED:
             w = weight(param_words, master_words, master_old, PARAM, MASTER, FAST)
@@ -288,8 +248,7 @@ def step_kernel(
             old_v = v
             v = v * keep + (g * gain2) * g
             if ELEMENT:
-                if dirty:
-                    v = tl.where(_bad(grad_words, wire, wire_inverse, GRAD, WIRED, NATIVE, FAST), old_v, v)
+                v = tl.where(bad, old_v, v)
             if SECOND != "sqrt8":  # whose codes come from the root
                 words = 0
                 if SECOND == "bf16" or SECOND == "e4m3n" or SECOND == "e3m1u":
@@ -329,11 +288,9 @@ def step_kernel(
                 g = tl.where(nesterov != 0, m * keep + g, m)
             w = w - g * rate
         if ELEMENT:
-            if dirty:
-                bad = _bad(grad_words, wire, wire_inverse, GRAD, WIRED, NATIVE, FAST)
-                w = tl.where(bad, old_w, w)
-                if FIRST != "none":
-                    m = tl.where(bad, old_m, m)
+            w = tl.where(bad, old_w, w)
+            if FIRST != "none":
+                m = tl.where(bad, old_m, m)
         words = 0
         if STOCHASTIC or MASTER == "fp16p" or MASTER == "residual8s":
             words = tile_words(weight_k0, weight_k1, start, inside, FAST)
