@@ -67,10 +67,10 @@ def test_calls_of_the_host_per_layer() -> None:
         contender.clock(1)
     assert found["by_kernel"] == {
         "_scaled_mm": 21, "cast_transpose_launch": 10, "norm_forward": 2, "norm_backward": 2, "norm_sum": 2,
-        "glu_amax": 1, "glu_forward": 1, "transpose_launch": 1, "glu_backward_backward": 1,
+        "glu_amax": 1, "glu_forward": 1, "transpose_launch": 1, "glu_backward_backward": 1, "rotary_rotary": 2,
     }  # fmt: skip
     assert {name: found["by_node"][name] for name in ("_LinearBackward", "_GLUBackward", "_NormBackward")} == {
         "_LinearBackward": 7, "_GLUBackward": 1, "_NormBackward": 2
     }  # fmt: skip
-    assert found["operators"] <= 195 and found["empties"] <= 74 and found["views"] <= 70, found["by_operator"]
-    assert found["python"] <= 1450  # it was 1840 before anybody counted
+    assert found["operators"] <= 165 and found["empties"] <= 74 and found["views"] <= 70, found["by_operator"]
+    assert found["python"] <= 1480  # it was 1840 before anybody counted, with rotary embeddings left to torch
