@@ -11,6 +11,8 @@ costs a microsecond or two per module.
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections import deque
 from collections.abc import Iterator
 from enum import Enum
@@ -210,6 +212,16 @@ def stored(before: Attributes, after: Attributes) -> str | None:
         if not _equal((old,), (new,)) or not _equal(parts, now):
             return ".".join(filter(None, where))
     return None
+
+
+def host_random(device: torch.device) -> tuple[Any, ...]:
+    """The state of the generators by which a forward on `device` may decide what to do."""
+    numpy = sys.modules.get("numpy")
+    return (
+        random.getstate(),
+        None if numpy is None else repr(numpy.random.get_state()[2:]),
+        None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes(),
+    )
 
 
 def _decisions(state: LayerState) -> tuple[Any, ...]:
