@@ -190,6 +190,23 @@ def test_changes_after_a_step_are_noticed(change: str, emits: list[list[Any]]) -
     assert same_bits(out, fresh(model)(x).detach()) and not same_bits(out, stale)
 
 
+def test_a_write_through_data_right_after_a_step_needs_invalidate(emits: list[list[Any]]) -> None:
+    """As the documentation says: the weights are cast by then, and the write has no sign. One in place has."""
+    model, optimizer = made("te-current")
+    train(model, optimizer, 0)
+    x = batch(5, 32)
+    stale = fresh(model, "te-current")(x)
+    model.up.weight.data.clamp_(-0.01, 0.01)
+    clamped = fresh(model, "te-current")(x)
+    assert same_bits(model(x), stale) and not same_bits(stale, clamped)
+    hf_lowprec.invalidate(model)
+    assert same_bits(model(x), clamped)
+    train(model, optimizer, 1)
+    with torch.no_grad():
+        model.up.weight.clamp_(-0.01, 0.01)
+    assert same_bits(model(x), fresh(model, "te-current")(x))
+
+
 def test_an_unused_copy_leaves_no_trace(emits: list[list[Any]]) -> None:
     """Counters and amaxes of a delayed scale know what layers have used, as if these had cast it."""
     trained = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 import hf_lowprec
 from hf_lowprec.graphs import calls
-from hf_lowprec.graphs.memory import Owned, Slot, memories
+from hf_lowprec.graphs.memory import Owned, Slot, bare, memories
 from hf_lowprec.graphs.order import Order, Pending
 from hf_lowprec.graphs.record import MOST_DROPS, Record
 from hf_lowprec.graphs.snapshot import Snapshot, attributes, stored
@@ -361,3 +362,59 @@ def test_held_copies_stay_where_they_are_and_follow_the_weight(recipe: str) -> N
     second = Quantized(*copy(0))
     states[0].weight_cache.drop()
     assert not same_place(copy(0), second)
+
+
+# --- what a replay would not do -------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_containers_and_objects_is_compared() -> None:
+    layer = Layer(4)
+    layer.tensors = {"a": [torch.ones(4)]}
+    layer.args = SimpleNamespace(scale=1.0)
+    for change, said in (
+        (lambda: layer.tensors["a"].__setitem__(0, torch.zeros(4)), "what is in the layer.tensors"),
+        (lambda: setattr(layer.args, "scale", 0.5), "the layer.args.scale"),
+    ):
+        snapshot = Snapshot(layer)
+        assert snapshot.change() is None
+        change()
+        assert snapshot.change() == said
+
+
+def test_a_state_that_lies_where_another_lay_is_another() -> None:
+    layer = nn.Sequential(nn.Linear(32, 32))
+    hf_lowprec.convert(layer, "te-delayed")
+    snapshot = Snapshot(layer)
+    for _ in range(20):  # of which some have the address of the first
+        layer[0]._lowprec.to(CPU)
+        assert snapshot.change() == "how 0 multiplies"
+
+
+def test_what_a_forward_puts_into_containers_and_objects() -> None:
+    layer = Layer(4)
+    layer.losses, layer.args, layer.counts = [], SimpleNamespace(seen=None), {"calls": 0}
+    for change, said in (
+        (lambda: layer.losses.append(torch.ones(1)), "losses"),
+        (lambda: setattr(layer.args, "seen", torch.ones(1)), "args"),
+        (lambda: layer.counts.update(calls=1), "counts"),
+    ):
+        before = attributes(layer)
+        assert stored(before, attributes(layer)) is None
+        change()
+        assert stored(before, attributes(layer)) == said
+
+
+def test_slots_forget_from_pass_to_pass() -> None:
+    """`.data` and fused optimizers write without a sign."""
+    x = torch.ones(3)
+    slot = Slot.own(x)
+    x.data.add_(1)
+    assert slot.has(x)
+    slot.forget()
+    assert not slot.has(x)
+
+
+def test_memory_without_what_it_is_a_view_of() -> None:
+    base = torch.arange(12.0).view(3, 4)
+    out = bare(base[1:, 1])
+    assert out._base is None and torch.equal(out, base[1:, 1]) and out.data_ptr() == base[1:, 1].data_ptr()

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import random
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -640,3 +643,88 @@ def test_high_precision_is_no_replay(no_sessions: None) -> None:
     with hf_lowprec.high_precision(model):
         high = model(input_ids=ids, labels=ids).loss
     assert low.item() != high.item() and graphs.replays == before + 2
+
+
+class Appends(Layer):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        self.losses.append(x.square().mean())
+        return super().forward(x, **kwargs)
+
+
+class Draws(Layer):
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return x * 1 if random.random() < 0.5 else super().forward(x, **kwargs)
+
+
+class Writes(Layer):
+    def forward(self, x: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        mask.add_(1)
+        return super().forward(x, **kwargs)
+
+
+@pytest.mark.parametrize(("cls", "said"), [
+    (Appends, "stores losses"), (Draws, "random numbers on the host"), (Writes, "writes an argument in place"),
+])  # fmt: skip
+def test_what_replays_would_silently_not_do(cls: type, said: str) -> None:
+    model = Stack()
+    model.layers = nn.ModuleList(cls(16) for _ in range(2))
+    fake_graphs(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(i: int) -> Tensor:
+        value = model(batch(i), mask=torch.ones(2, 8, 16))
+        for layer in model.layers:
+            getattr(layer, "losses", []).clear()
+        return value
+
+    with pytest.raises(GraphError, match=said):
+        train(model, optimizer, loss, 4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_and_lasting_tensors_among_the_arguments(fused: bool) -> None:
+    """What a fused optimizer or `.data` writes between two passes has no other version."""
+
+    class Owner(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(16))
+            self.mask = torch.ones(2, 8, 16)
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Owner()
+
+    def loss(model: Any, i: int) -> Tensor:
+        model.mask.data.copy_(batch(1000 + i) > 0)
+        x = model.embed(batch(i))
+        for layer in model.layers:
+            x = layer(x, model.mask, position=(model.gain, model.gain))
+        return model.head(x).square().mean()
+
+    pair = Twins(make=make, loss=loss)
+    pair.optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, fused=fused) for m in pair.models]
+    pair.train(6)
+    assert pair.graphs.replays >= 3 * 3 * 2 and set(pair.graphs.eager) == {"warming up"}
+
+
+def test_a_model_and_a_part_of_it() -> None:
+    model = llama(use_cache=False)
+    fake_graphs(model)
+    with pytest.raises(GraphError, match=r"layers\.0 has graphs already"):
+        fake_graphs(model.model)
+    ungraph_layers(model)
+    fake_graphs(model.model)
+
+
+def test_dropped_graphs_leave_no_memory(twins: Twins) -> None:
+    (record,) = [r for r in twins.graphs.lists[0]._records.values() if r.graphs]
+    gone = [weakref.ref(out) for graph in record.graphs.values() for out in graph.outputs]
+    twins.models[0].layers[1].scale = twins.models[1].layers[1].scale = 0.5
+    twins.train(1)
+    gc.collect()
+    assert not record.graphs and not any(ref() for ref in gone)

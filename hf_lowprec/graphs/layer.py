@@ -24,7 +24,7 @@ from hf_lowprec.graphs import calls, memory
 from hf_lowprec.graphs.capture import Capturer, GraphError, Recording
 from hf_lowprec.graphs.memory import Owned, Slot
 from hf_lowprec.graphs.order import Order, Pending
-from hf_lowprec.graphs.snapshot import Snapshot, attributes, stored
+from hf_lowprec.graphs.snapshot import Snapshot, attributes, host_random, stored
 from hf_lowprec.modules.weight_cache import same_place
 from hf_lowprec.operands import Quantized
 
@@ -35,7 +35,8 @@ ELSEWHERE = "its input comes from another place than when it was captured"
 class Shared:
     """What the graphs of one kind of pass know of each other.
 
-    results: outputs, by address; grads: gradients of inputs, by address. inputs: slots that several layers may read.
+    results: outputs, by address; grads: gradients of inputs, by address. inputs: slots of all other arguments; those
+    without gradients several layers may read.
     """
 
     def __init__(self, capturer: Capturer, order: Order) -> None:
@@ -51,14 +52,18 @@ class Shared:
         found = self.results.get(value.data_ptr())
         if found is not None and _alike(found, value):
             return Slot.link(self.owned.add(found.detach()))
-        if value.requires_grad:
-            return Slot.own(value)
-        for slot in self.inputs:
-            if slot.has(value) and _alike(slot.tensor, value):
-                return slot
+        if not value.requires_grad:
+            for slot in self.inputs:
+                if slot.has(value) and _alike(slot.tensor, value) and not slot.tensor.requires_grad:
+                    return slot
         slot = Slot.own(value)
         self.inputs.append(slot)
         return slot
+
+    def begin(self) -> None:
+        """Another pass begins."""
+        for slot in self.inputs:
+            slot.forget()
 
     def grad_slot(self, value: Tensor) -> Slot:
         found = self.grads.get(value.data_ptr())
@@ -107,7 +112,7 @@ class LayerGraph:
             with self._standing_in(), _without_autocast_cache():
                 return self._outputs(forward, layer, spec)
 
-        before = attributes(layer)
+        before, drawn = attributes(layer), host_random(shared.capturer.device)
         self.begun, self.ended = shared.order.now(), None
         for module, quantized in self.copies:
             module._lowprec.weight_cache.lent = quantized  # type: ignore[union-attr]
@@ -119,6 +124,11 @@ class LayerGraph:
         where = stored(before, attributes(layer))
         if where is not None:
             raise GraphError(f"{name} cannot be captured: its forward stores {where}, which replays would not")
+        if drawn != host_random(shared.capturer.device):
+            raise GraphError(
+                f"{name} cannot be captured: its forward draws random numbers on the host, and replays would all do "
+                "as the first draw had it: train without graphs of layers"
+            )
         self.outputs: list[Tensor] = [shared.owned.add(out) for out in outputs if out is not None]
         shared.results.update((out.data_ptr(), out) for out in self.outputs)
         self.differentiable = [out.requires_grad for out in self._live]
@@ -153,7 +163,10 @@ class LayerGraph:
 
     def _outputs(self, forward: Callable[..., Any], layer: nn.Module, spec: Any) -> list[Tensor | None]:
         args, kwargs = calls.unflatten(spec, iter(self._leaves))
+        versions = [leaf._version for leaf in self._leaves]
         returned, self._spec = calls.flatten(forward(layer, *args, **kwargs), "the results")
+        if versions != [leaf._version for leaf in self._leaves]:
+            raise calls.Opaque("its forward writes an argument in place")
         given = {id(leaf): i for i, leaf in enumerate(self._leaves)}
         self._live, self._origin = [], []
         for tensor in returned:
@@ -173,12 +186,11 @@ class LayerGraph:
 
         def run() -> list[Tensor | None]:
             outputs, self._live = self._live, []
-            return list(
-                torch.autograd.grad(
-                    [out for out in outputs if out.requires_grad], wanted,
-                    [slot.tensor for slot in self._grad_slots if slot is not None], allow_unused=True,
-                )
+            grads = torch.autograd.grad(
+                [out for out in outputs if out.requires_grad], wanted,
+                [slot.tensor for slot in self._grad_slots if slot is not None], allow_unused=True,
             )  # fmt: skip
+            return [None if grad is None else memory.bare(grad) for grad in grads]
 
         ended = self.shared.order.now()
         self._backward, self._grads = self._record(run, "backward")
@@ -242,7 +254,7 @@ class LayerGraph:
             self._capture_backward(grads)
         else:
             for slot, grad in zip(self._grad_slots, grads, strict=True):
-                if slot is None or slot.has(grad):
+                if slot is None or slot.lies_at(grad):
                     continue
                 if slot.linked and self.shared.owned.lent(memory.memories([slot.tensor])):
                     raise GraphError(

@@ -82,7 +82,6 @@ class LayerList:
         self._order = Order()
         self._capturer: Capturer | None = None
         self._records: OrderedDict[Hashable, Record[LayerGraph]] = OrderedDict()
-        self._shared: dict[int, Shared] = {}  # by id of the record
         self._record: Record[LayerGraph] | None = None
         self._last = -1
         self._said: set[str] = set()
@@ -169,6 +168,9 @@ class LayerList:
                 del self._records[idle]
             record = self._records[index, key] = Record(self.how.warmup_steps)
         self._record = record
+        for graph in record.graphs.values():
+            graph.shared.begin()
+            break
         allowed = bool(record.graphs) or self.kinds < self.how.max_kinds
         record.begin(steps(), idle=self._order.idle, allowed=allowed)
         if not allowed:
@@ -183,8 +185,8 @@ class LayerList:
             return None
         if self._capturer is None:
             self._capturer = self.how.capturer(snapshot.parameters[0].device)
-        if not record.graphs:
-            self._shared[id(record)] = Shared(self._capturer, self._order)
+        first = next(iter(record.graphs.values()), None)
+        shared = Shared(self._capturer, self._order) if first is None else first.shared
         copies: list[tuple[nn.Module, Quantized]] = []
         for linear in runner.copied:
             state: Any = linear._lowprec
@@ -197,7 +199,7 @@ class LayerList:
             if kept is not None:
                 state.weight_cache.hold()
                 copies.append((linear, Quantized(*kept)))  # so that the one given out is held by passes alone
-        return LayerGraph(runner.name, layer, forward, call, snapshot, self._shared[id(record)], copies)
+        return LayerGraph(runner.name, layer, forward, call, snapshot, shared, copies)
 
     def _note(self, reason: str, runner: _Runner) -> None:
         self.eager[reason] += 1
@@ -209,7 +211,6 @@ class LayerList:
     def clear(self) -> None:
         """Drop all graphs."""
         self._records.clear()
-        self._shared.clear()
         self._record, self._last, self._capturer = None, -1, None
         for reference in self._layers:
             layer = reference()
@@ -353,6 +354,12 @@ def graph_layers(
     if not found:
         raise GraphError(
             f"{type(model).__name__} has no nn.ModuleList of two or more layers with weights: nothing to graph"
+        )
+    theirs = next((n for layers in found.values() for n, m in layers.items() if isinstance(m, GraphedLayer)), None)
+    if theirs is not None:
+        raise GraphError(
+            f"{theirs} has graphs already, by `graph_layers` of a model that is a part of this one, or has it as a "
+            "part: call it for one of them"
         )
     how = _Options(warmup_steps, max_kinds, capturer or CudaCapturer, device_type)
     lists = []

@@ -2,8 +2,9 @@
 """The tensors at fixed addresses that graphs read and write, and who else holds them. No CUDA in here.
 
 A layer's input is the output of the layer before it, in most calls: the graph then reads it where it lies. Tensors
-that all layers read (rotary embeddings, masks) are copied once per pass for all of them. What is left, such as the
-input of the first layer, is copied before each replay.
+that all layers read (rotary embeddings, masks) are copied once per pass for all of them; in each pass, since fused
+optimizers and `.data` write them without a sign. What is left, such as the input of the first layer, is copied before
+each replay.
 
 What a graph hands out (outputs, gradients of inputs) is overwritten by its next replay. Whether somebody still holds
 it is told by the reference count of its memory, and a layer whose results are still in use runs eagerly.
@@ -55,9 +56,16 @@ class Slot:
     def link(cls, result: Tensor) -> Slot:
         return cls(result, result, linked=True)
 
+    def forget(self) -> None:
+        """Another pass begins: the same tensor may have other contents."""
+        self._source = None
+
+    def lies_at(self, value: Tensor) -> bool:
+        return value.data_ptr() == self.tensor.data_ptr()
+
     def has(self, value: Tensor) -> bool:
         """Whether the contents are those of `value` already."""
-        if value.data_ptr() == self.tensor.data_ptr():
+        if self.lies_at(value):
             return True
         source = None if self._source is None else self._source()
         return source is value and self._version == value._version
@@ -106,6 +114,14 @@ def _memory(tensor: Tensor) -> int:
 
 
 _EXTRA = _extra()
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """The same memory; what `tensor` is a view of would count as somebody else who holds it."""
+    if not tensor._is_view():
+        return tensor
+    out = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return out.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload, no-any-return]
 
 
 def memories(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:

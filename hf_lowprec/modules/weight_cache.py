@@ -16,7 +16,7 @@ Nor does a single sign tell, in training, that a weight has changed. A copy is o
                                     reference model after the steps of another model's optimizer
     `_version`, `data_ptr`          in-place writes that autograd sees, load_state_dict, `.data = other`
     model.train(), model.eval()     weights are written in between through `.data` (moving averages)
-    hf_lowprec.invalidate(model)    everything else that writes `.data`, in the middle of a training step
+    hf_lowprec.invalidate(model)    everything else that writes `.data` in training, right after a step too
 
 After a step of our own optimizers the weights of layers that used their copies are cast at once (`modules.emission`),
 and `keep` is given the new copies, which are outdated by the same signs. What such a cast saw counts for its layer
