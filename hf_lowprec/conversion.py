@@ -277,7 +277,7 @@ def high_precision(model: nn.Module) -> Iterator[None]:
 
 def invalidate(model: nn.Module) -> None:
     """Drop cached low-precision weights; needed after writes that no hook sees (`param.data[...]`), in training
-    also right after an optimizer's step, by which weights may have been cast already."""
+    also right after an optimizer's step, which has noted how large the weights are."""
     session = session_of(model)
     if session is not None:
         session.scaling.drop_weights()

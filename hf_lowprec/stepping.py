@@ -260,7 +260,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
                 if layer is not None and amax is not None:
                     layer.weight_cache.note_amax(weight, amax)
             if emission is not None:
-                emission.run(copies, optimizer.weight_amax)
+                emission.defer(copies)
 
 
 def _followed(optimizer: torch.optim.Optimizer) -> list[_Followed]:

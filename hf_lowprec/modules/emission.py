@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights cast right after an optimizer step, for all layers at once, into the copies that `WeightCache` keeps.
+"""Weights cast once per optimizer step for all layers at once, into the copies that `WeightCache` keeps.
 
-A cast of each weight in its layer's next forward pass costs a launch per layer and step. Here a launch casts all
-weights of a device, to the same bits, with the amaxes that the step has noted; the layers find the copies. What keeps
+A cast of each weight in its layer's forward pass costs a launch per layer and step. Here the first layer that needs
+its copy after a step has a launch cast all weights of a device, to the same bits, with the amaxes that the step has
+noted; the others find theirs. What keeps
 these is the cache alone: a table holds addresses. Their memory is written again at the next step if nobody else holds
 it by then (a graph whose backward pass is still to come does), so that in a plain loop the addresses stay.
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from hf_lowprec.ops import parse_quant
 from hf_lowprec.ops.cast_weights import WeightCast, new_copies
 
 Copies = list[Quantized | None]
-AmaxOf = Callable[[Tensor], Tensor | None]
 
 
 def table_for(device: torch.device) -> Any:
@@ -55,13 +55,30 @@ class Emission:
         layers = [ref() for ref, _ in self._layers]
         return [None if layer is None else layer.weight_cache.worth_keeping for layer in layers]
 
+    def defer(self, copies: Copies) -> None:
+        """After a step, whose amaxes the layers' caches were told: the first layer that needs its copy has all cast.
+
+        Until then weights may be written through `.data`. A step that is being captured casts now: its replays have no
+        forward pass behind them that could. copies: of `copies`.
+        """
+        now = False
+        for (ref, weight), copy in zip(self._layers, copies, strict=True):
+            layer = ref()
+            if layer is not None and copy is not None:
+                layer.weight_cache.await_cast(self._run, copy)
+                now = now or capturing(weight.device)
+        layer = copy = None  # `_run` counts who holds a copy
+        copies.clear()
+        if now:
+            self._run()
+
     @torch.no_grad()
-    def run(self, copies: Copies, amax_of: AmaxOf) -> None:
-        """After a step. copies: of `copies`, in a list that nobody else holds. amax_of: as `weight_amax` of an
-        optimizer."""
+    def _run(self) -> None:
+        layers = [ref() for ref, _ in self._layers]
+        copies = [None if layer is None else layer.weight_cache.take_memory() for layer in layers]
         counts = list(map(sys.getrefcount, copies))
-        for i, (ref, weight) in enumerate(self._layers):
-            layer, copy = ref(), copies[i]
+        for i, (_, weight) in enumerate(self._layers):
+            layer, copy = layers[i], copies[i]
             if layer is None or copy is None or not weight.requires_grad:
                 continue
             wanted = layer.weight_cache.wanted(weight, layer.spec)
@@ -69,7 +86,7 @@ class Emission:
             quant = layer.spec.fprop_weight
             if wanted == "none" or place is None or quant is None or not place.table.takes(weight, quant):
                 continue
-            amax = amax_of(weight)
+            amax = layer.weight_cache.noted_amax(weight)
             if amax is None and not place.table.finds_amax and parse_quant(quant).scaling.method in _FROM_AMAX:
                 continue
             alone = counts[i] == _ALONE + layer.weight_cache.gives(copy)

@@ -18,23 +18,15 @@ Nor does a single sign tell, in training, that a weight has changed. A copy is o
     model.train(), model.eval()     weights are written in between through `.data` (moving averages)
     hf_lowprec.invalidate(model)    everything else that writes `.data` in training, right after a step too
 
-After a step of our own optimizers the weights of layers that used their copies are cast at once (`modules.emission`),
-and `keep` is given the new copies, which are outdated by the same signs. What such a cast saw counts for its layer
-once the copy is used, as that of a cast in the forward pass would.
-
-Weights that do not train are written through `.data` between evaluations (merging adapters) and have no steps of their
-own: they are kept only while training, before the first step too, and only from float32, where the copy (1 byte)
-stands for the bf16 copy (2 bytes) that autocast would hold for backward. Beside a bf16 weight it would add a byte per
-parameter, and LoRA's peak would exceed bf16 LoRA's.
-
-A graph of a layer (`hf_lowprec.graphs`) reads a copy at a fixed address: `hold` has later copies written to the memory
-of the first, unless a backward pass that is to come still reads what lies there. While a graph is captured no copy is
-made, since replays would make it again: it reads what is `lent`.
+After a step of our own optimizers the first layer that needs its copy has all weights cast at once whose copies were
+used before (`modules.emission`). `keep` is given the new copies, which are outdated by the same signs. What such a
+cast saw counts for its layer once the copy is used, as that of a cast in the forward pass would.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,7 +37,6 @@ from hf_lowprec.operands import LinearSpec, OperandState, Quantized
 
 Policy = Literal["both", "one", "none"]
 _steps = 0
-_MOST_IDLE = 8
 
 
 def weights_changed() -> None:
@@ -94,7 +85,7 @@ class WeightCache:
         self._entry: _Entry | None = None
         self._amax: tuple[tuple[int, int, int], Tensor] | None = None
         self._news: News | None = None
-        self._idle = 0  # copies given to `keep` in a row that nobody used
+        self._awaited: tuple[Callable[[], None], Quantized] | None = None
         self._held: Quantized | None = None
         self._given: Quantized | None = None  # the tuple by which it was last given out
         self.asked = False
@@ -104,7 +95,8 @@ class WeightCache:
         # A copy starts empty: what is kept belongs to one weight, and a pickle could not hold float8. Nor does the
         # optimizer follow the copy (a moving average, say).
         return {
-            **self.__dict__, "followed": False, "_entry": None, "_amax": None, "_news": None, "_idle": 0,
+            **self.__dict__, "followed": False, "_entry": None, "_amax": None, "_news": None,
+            "_awaited": None,
             **_NOTHING_HELD,
         }  # fmt: skip
 
@@ -115,15 +107,28 @@ class WeightCache:
 
     @property
     def worth_keeping(self) -> Quantized | None:
-        """What is kept now, if it was used, so that one is likely to be wanted after the next step. Nobody does who
-        runs compiled or captured, and of no use are copies that another optimizer's step outdates each time."""
-        if self._entry is None or self._entry.news is not None or self._idle >= _MOST_IDLE:
+        """What is kept now, if it was used, so that one is likely to be wanted after the next step, too."""
+        if self._entry is None or self._entry.news is not None:
             return None
         return self._entry.quantized
 
     def note_amax(self, weight: Tensor, amax: Tensor) -> None:
         """The weight's finite amax as it is now, 0-dim float32, from an optimizer that has just written it."""
         self._amax = _key(weight), amax
+
+    def noted_amax(self, weight: Tensor) -> Tensor | None:
+        """That of `note_amax`, unless the weight has been written since in a way that shows."""
+        return self._amax[1] if self._amax is not None and self._amax[0] == _key(weight) else None
+
+    def await_cast(self, cast: Callable[[], None], memory: Quantized) -> None:
+        """Until it is dropped: `cast` makes this copy and others' once one of them is needed; it takes the memory with
+        `take_memory` and gives the copy to `keep`, or does not."""
+        self._awaited = cast, memory
+
+    def take_memory(self) -> Quantized | None:
+        """What `await_cast` was given, once."""
+        awaited, self._awaited = self._awaited, None
+        return None if awaited is None else awaited[1]
 
     def keep(self, weight: Tensor, quantized: Quantized, news: News) -> None:
         """A copy of the weight as it is now, from its cast by others, and what that saw (see `take_news`)."""
@@ -139,13 +144,7 @@ class WeightCache:
         return news
 
     def drop(self) -> None:
-        self._release()
-        self._amax = None
-
-    def _release(self) -> None:
-        if self._entry is not None and self._entry.news is not None:
-            self._idle += 1
-        self._entry = None
+        self._entry = self._amax = self._awaited = None
 
     def hold(self) -> None:
         """Have later copies written to the memory of the one that is kept now, as long as they have its layouts."""
@@ -192,18 +191,20 @@ class WeightCache:
             return self.lent  # None: a graph that is replayed after the next step has to cast
         key = _key(weight)
         self.asked = True
+        if self._awaited is not None:
+            self._awaited[0]()
         if self._entry is not None and self._entry.key == key:
             if self._entry.news is not None:
-                self._news, self._entry, self._idle = self._entry.news, self._entry._replace(news=None), 0
+                self._news, self._entry = self._entry.news, self._entry._replace(news=None)
             if self._held is not None and self._entry.quantized is not self._given:
                 self._entry = self._entry._replace(quantized=self._into_held(self._entry.quantized))
             return self._entry.quantized
         assert spec.fprop_weight is not None
-        self._release()  # before the new one is made: its memory can serve
-        amax = self._amax[1] if self._amax is not None and self._amax[0] == key else None
+        self._entry = None  # before the new one is made: its memory can serve
         quantized = quantize_matrix(
-            weight, spec.fprop_weight, state, ready=ready, observe=True, partials=amax, columns=wanted == "both"
-        )
+            weight, spec.fprop_weight, state, ready=ready, observe=True, partials=self.noted_amax(weight),
+            columns=wanted == "both",
+        )  # fmt: skip
         quantized = self._into_held(quantized)
         self._entry = _Entry(key, quantized, weight.untyped_storage())
         return quantized
