@@ -121,12 +121,13 @@ def convert(
         return existing.report
     if fuse is None:
         fuse = read_switch(FUSE_ENV, True)
+    follows = read_switch(BREAK_EVEN_ENV, True)
     _release_orphans(model)
     _refuse_what_nothing_reads(chosen)
     emulated = _emulates(model, chosen, emulate)
     patterns = (*chosen.modules_to_not_convert, *excluded)
     # Measured for formats that stand for 16 bits. A linear of BitNet in the base precision would be another function.
-    measured = not emulated and recipe_since(chosen) != INT8_SINCE and read_switch(BREAK_EVEN_ENV, True)
+    measured = follows and not emulated and recipe_since(chosen) != INT8_SINCE
     rule = break_even(chosen.name, _device(model)) if measured else None
     if min_numel is None:
         min_numel = 0 if rule is None else rule.min_numel

@@ -35,7 +35,7 @@ from torch.compiler import is_dynamo_compiling
 
 from hf_lowprec import kernels as _kernels  # noqa: F401  (registers the CUDA implementations of `ops`)
 from hf_lowprec import ops
-from hf_lowprec.operands import LinearSpec, OperandState, Quantized, base_dtype
+from hf_lowprec.operands import LinearSpec, OperandState, Quantized, base_dtype, shaped
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,7 +210,7 @@ class _Linear(torch.autograd.Function):
         ctx.call = call
         ctx.input_shape, ctx.input_dtype = shape, input.dtype
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        return out if len(shape) == 2 else out.view(*shape[:-1], out.shape[1])
+        return out if len(shape) == 2 else shaped(out, (*shape[:-1], out.shape[1]))
 
     @staticmethod
     @first_order  # the gradient of a cast is not its straight-through estimate: refuse, do not guess

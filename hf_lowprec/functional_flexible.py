@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_lowprec.numerics.flexible import flexible, gradients, layout, scale_of
-from hf_lowprec.operands import base_dtype
+from hf_lowprec.operands import base_dtype, shaped
 from hf_lowprec.ops.quantize import sample_stride
 
 
@@ -79,7 +79,7 @@ class _FlexibleLinear(torch.autograd.Function):
                 out = out + bias.float()
         ctx.save_for_backward(input, weight, input_maxval, input_man, weight_maxval, weight_man)
         ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
-        return out.to(call.dtype).reshape(*input.shape[:-1], qw.shape[0])
+        return shaped(out.to(call.dtype), (*input.shape[:-1], qw.shape[0]))
 
     @staticmethod
     @once_differentiable  # the gradient of a straight-through estimate is none

@@ -13,6 +13,10 @@ from torch import Tensor
 from hf_lowprec import ops
 from hf_lowprec.recipe import Quant, Recipe, Scaling
 
+# `view` of a result inside an autograd.Function that is no view to autograd, which would refuse to have it written in
+# place: `+=`, nn.ReLU(inplace=True). Nothing else may use the memory.
+shaped: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default
+
 
 class OperandState(NamedTuple):
     """What one operand of one layer carries from step to step. All tensors live on the layer's device.
@@ -34,7 +38,7 @@ class Remake:
 
     make: the tensor [..., C] as forward had it, out of the tensors of its `Source`. It holds none of them itself:
         autograd does, so that its hooks and its check of versions see them.
-    readers: linears whose backward will ask.
+    readers: linears whose backward will ask, all with one scale.
     """
 
     def __init__(self, make: Callable[[Sequence[Tensor]], Tensor]) -> None:

@@ -29,7 +29,8 @@ def run(script: str, *arguments: str, **more: str) -> str:
 
 def mend() -> None:
     """What the interpreter does wrongly: loop bounds as [1] arrays, which numpy >= 2.4 makes no int of; float32 to
-    bfloat16 truncated and to float8 off (1.887 becomes 1.0 in E4M3; Triton 3.6); masks that are no bools (3.9)."""
+    bfloat16 truncated and to float8 off (1.887 becomes 1.0 in E4M3; Triton 3.6); masks that are no bools (3.9);
+    NaN of `tl.maximum` and `tl.minimum`, which on a GPU return the number beside it."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -65,6 +66,8 @@ def mend() -> None:
     interpreter._patch_lang_tensor, interpreter._convert_float = with_index, to_nearest
     builder.create_masked_load = with_bools(builder.create_masked_load, 1)
     builder.create_masked_store = with_bools(builder.create_masked_store, 2)
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 
 
 def few_programs() -> None:

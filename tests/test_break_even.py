@@ -106,6 +106,12 @@ def test_a_user_may_ignore_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         hf_lowprec.convert(nn.Sequential(nn.Linear(16, 16)), "fp8-lm")
 
 
+def test_a_wrong_switch_is_an_error_where_nothing_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_LOWPREC_BREAK_EVEN", "false")
+    with pytest.raises(ValueError, match="HF_LOWPREC_BREAK_EVEN='false': 0 or 1"):
+        hf_lowprec.convert(nn.Sequential(nn.Linear(16, 16)), "te-current", emulate=True)
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 def test_few_tokens_run_as_they_did(fuse: bool) -> None:
     plain, model = mlp(bias=True), mlp(bias=True)

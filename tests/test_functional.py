@@ -407,6 +407,25 @@ def test_dtypes_that_differ_outside_autocast() -> None:
         layer("fp8-lm", dtype=torch.bfloat16)(batch(5, 32))
 
 
+@pytest.mark.parametrize("name", ["te-current", "mxfp8", "switchback", "fp8-flex"])
+@pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32)])
+def test_output_may_be_written_in_place(name: str, shape: tuple[int, ...]) -> None:
+    grads = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(inplace=inplace), nn.Linear(32, 32))
+        hf_lowprec.convert(model, name)
+        x = batch(*shape).requires_grad_()
+        out = model(x)
+        if inplace:
+            out += x
+        else:
+            out = out + x
+        out.square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in model.parameters())])
+    assert all(same_bits(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_second_derivatives_are_refused() -> None:
     x = batch(5, 32).requires_grad_()
     (grad,) = torch.autograd.grad(layer("fp8-lm")(x).square().sum(), x, create_graph=True)

@@ -415,6 +415,48 @@ def test_compiled_keeps_codes() -> None:
     torch.compiler.reset()
 
 
+def test_groups_with_scales_of_their_own() -> None:
+    """One norm, read by q with k, and by v, which has seen larger inputs."""
+
+    def two(recipe: Recipe) -> Any:
+        torch.manual_seed(0)
+        made = Block()
+        hf_lowprec.convert(made, recipe)
+        share_input([made.q._lowprec, made.k._lowprec])
+        for state in fused_states(made):
+            state.emulate, state.least = True, 0
+            state.readers = (made.q._lowprec, made.v._lowprec) if recipe.saved_inputs == "remade" else ()
+        return made
+
+    grads = []
+    for model in (two(EXACT["te-delayed"]), two(remade(EXACT["te-delayed"]))):
+        model.v(50 * batch(2, 9, 32)).sum().backward()
+        session_of(model).scaling.roll()
+        model.zero_grad()
+        model(batch(2, 9, 32)).sum().backward()
+        grads.append(gradients(model))
+    assert all(same_bits(a, b) for a, b in zip(*(g.values() for g in grads), strict=True))
+
+
+def _writes_data(module: nn.Module, args: Any, y: Tensor) -> None:
+    y.data.mul_(2)
+
+
+def _writes(module: nn.Module, args: Any, y: Tensor) -> None:
+    y.mul_(2)
+
+
+@pytest.mark.parametrize("hook", [_writes, _writes_data])
+def test_a_hook_writes_what_the_norm_made(hook: Callable[..., None]) -> None:
+    grads = []
+    for recipe in (EXACT["te-current"], remade(EXACT["te-current"])):
+        model = block(recipe=recipe)
+        model.norm.register_forward_hook(hook)
+        model(batch(2, 9, 32)).sum().backward()
+        grads.append(gradients(model))
+    assert all(same_bits(a, b) for a, b in zip(*(g.values() for g in grads), strict=True))
+
+
 # --- what cannot be made again, and says so -------------------------------------------------------------------------
 
 

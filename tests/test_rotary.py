@@ -23,6 +23,7 @@ import pytest
 import torch
 from core import batch, llama, token_ids
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import hf_lowprec
 from hf_lowprec.conversion import session_of
@@ -322,6 +323,74 @@ def test_what_is_left_to_the_models_function(emulated: list[Rule]) -> None:
     with pytest.raises(RuntimeError):  # as the model's own does
         function(q, k, batch(1, 4, 6), batch(1, 4, 6))
     assert len(emulated) == 2
+
+
+def test_forward_mode_and_tracing_go_to_the_models_function(emulated: list[Rule]) -> None:
+    """The kernel knows no tangents, and a trace would hold its results as constants."""
+    model = llama()
+    hf_lowprec.convert(model, "te-current")
+    function, q, cos = getattr(file("llama"), NAME), batch(1, 2, 4, 8), batch(1, 4, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        assert forward_ad.unpack_dual(function(dual, dual, cos, cos)[0]).tangent is not None
+    torch.jit.trace(lambda x: function(x, x, cos, cos), (q,), check_trace=False)
+    assert not emulated
+    function(q, q, cos, cos)
+    assert len(emulated) == 1
+
+
+def swapped(x: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+def test_a_helper_of_the_function_is_replaced(emulated: list[Rule], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the conversion, before it, and back."""
+    module, model, q, cos = file("llama"), llama(), batch(1, 2, 4, 8), batch(1, 4, 8)
+    original = getattr(module, NAME)
+    hf_lowprec.convert(model, "te-current")
+    wrapper = getattr(module, NAME)
+    wrapper(q, q, cos, cos)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "rotate_half", swapped)
+        assert same(list(wrapper(q, q, cos, cos)), list(original(q, q, cos, cos))) and len(emulated) == 1
+        other = llama()
+        assert not hf_lowprec.convert(other, "te-current").rotary, "it is another function now"
+    again = llama()
+    assert hf_lowprec.convert(again, "te-current").rotary
+    wrapper(q, q, cos, cos)
+    assert len(emulated) == 2
+
+    def rotate_half(x: Tensor) -> Tensor:  # the same by other means
+        return torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+
+    monkeypatch.setattr(module, "rotate_half", rotate_half)
+    wrapper(q, q, cos, cos)
+    assert len(emulated) == 2
+    third = llama()
+    assert hf_lowprec.convert(third, "te-current").rotary
+    assert same(list(wrapper(q, q, cos, cos)), list(original(q, q, cos, cos))) and len(emulated) == 3
+
+
+ATTENTION = """
+import torch
+def rotate_half(x):
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+class Attention(torch.nn.Linear):
+    def forward(self, x, cos, sin):
+        return apply_rotary_pos_emb(x, x, cos, sin)
+"""
+
+
+@pytest.mark.parametrize("name", ["loaded_by_its_path", "<run_path>", "transformers", None])
+def test_code_that_is_no_module(name: str | None, emulated: list[Rule]) -> None:
+    code = {} if name is None else {"__name__": name}
+    exec(ATTENTION, code)
+    model = nn.Sequential(nn.Linear(16, 16), code["Attention"](16, 16))
+    report = hf_lowprec.convert(model, "te-current")
+    assert report.unfused_rotary == {f"1: {NAME}": f"{NAME} is of code that is no module in sys.modules"}
 
 
 def test_many_lengths_do_not_fill_the_memory(emulated: list[Rule], monkeypatch: pytest.MonkeyPatch) -> None:

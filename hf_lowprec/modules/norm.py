@@ -27,7 +27,7 @@ from hf_lowprec.modules.linear import set_class
 from hf_lowprec.modules.norm_kind import NormKind, Rule, norm_kind, rounding_rule, settings
 from hf_lowprec.modules.sharing import offer
 from hf_lowprec.modules.state import LayerState
-from hf_lowprec.operands import Remake, Source
+from hf_lowprec.operands import Remake, Source, shaped
 from hf_lowprec.ops.norm import norm, norm_backward
 
 __all__ = ["LowPrecLayerNorm", "LowPrecNorm", "LowPrecRMSNorm", "NormKind", "fuse_norm", "norm_kind", "unfuse_norm"]
@@ -97,6 +97,7 @@ class LowPrecNorm:
     _lowprec_norm: NormState
     _original: ClassVar[Any]
     _known_forward: ClassVar[Any]  # of _original, when the class was made
+    _forward_hooks: dict[int, Any]
     weight: Tensor | None
     bias: Tensor | None
 
@@ -109,10 +110,11 @@ class LowPrecNorm:
             rule = state.rule(self, x, weight, bias)  # type: ignore[arg-type]
             if rule is not None:
                 y = _fused(x, weight, bias, state.kind, rule)
-                if state.readers and y.requires_grad:  # else x is not kept for a backward
-                    source = Source(Remake(partial(_again, state.kind, rule)), (x, weight, bias))
-                    for reader in state.readers:
-                        offer(reader, y, source)
+                # Else x is not kept for a backward; and a hook may write y through `.data`, which nobody notices.
+                if state.readers and y.requires_grad and not self._forward_hooks:
+                    for reader in state.readers:  # groups cast with scales of their own
+                        again = Remake(partial(_again, state.kind, rule))
+                        offer(reader, y, Source(again, (x, weight, bias)))
                 return y
         return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
 
@@ -209,7 +211,7 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, stats, weight)
         ctx.plus_one, ctx.mid = kind.plus_one, rule.mid
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return shaped(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @first_order  # as the linear layers: no second derivatives

@@ -15,8 +15,8 @@ from __future__ import annotations
 import dis
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -54,14 +54,31 @@ class RotaryKind(NamedTuple):
         return Rule(dim, mid, q if self.back else mid, torch.float32 if self.once else q, self.joined)
 
 
-_KINDS: dict[Callable[..., Any], RotaryKind | None] = {}
+class Read(NamedTuple):
+    """A global that a function reads, as it was when somebody looked."""
+
+    file: dict[str, Any]
+    name: str
+    value: Any
+
+
+def unchanged(reads: Sequence[Read]) -> bool:
+    for file, name, value in reads:
+        if file.get(name) is not value:
+            return False
+    return True
+
+
+_KINDS: dict[Callable[..., Any], tuple[tuple[Read, ...], RotaryKind | None]] = {}
 
 
 def rotary_kind(function: Callable[..., Any]) -> RotaryKind | None:
     """Which rotary embedding `function(q, k, cos, sin, unsqueeze_dim=1)` is, or None."""
-    if function not in _KINDS:
-        _KINDS[function] = _find(function)
-    return _KINDS[function]
+    known = _KINDS.get(function)
+    if known is None or not unchanged(known[0]):
+        inner = plain_function(function)
+        known = _KINDS[function] = (() if inner is None else tuple(reads_of(inner)), _find(function))
+    return known[1]
 
 
 def plain_function(function: Any) -> FunctionType | None:
@@ -77,16 +94,27 @@ def plain_function(function: Any) -> FunctionType | None:
     return function if isinstance(function, FunctionType) and not function.__closure__ else None
 
 
-def branches(function: FunctionType, seen: set[CodeType] | None = None) -> bool:
-    """Whether its code, or that of Python functions of its file which it names, is no straight line."""
+def branches(function: FunctionType) -> bool:
+    """Whether its code, or that of Python functions which it names, is no straight line."""
+    called = [read.value for read in reads_of(function) if isinstance(read.value, FunctionType)]
+    steps = itertools.chain.from_iterable(dis.get_instructions(each) for each in (function, *called))
+    return any(mark in step.opname for step in steps for mark in _BRANCHES)
+
+
+def reads_of(function: FunctionType, seen: set[CodeType] | None = None) -> Iterator[Read]:
+    """The globals that its code and that of Python functions which it names may read, but for modules."""
     seen = set() if seen is None else seen
     if function.__code__ in seen:
-        return False
+        return
     seen.add(function.__code__)
-    if any(mark in step.opname for step in dis.get_instructions(function) for mark in _BRANCHES):
-        return True
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return any(branches(inner, seen) for inner in named if isinstance(inner, FunctionType))
+    file = function.__globals__
+    for name in function.__code__.co_names:
+        value = file.get(name)
+        if value is None or isinstance(value, ModuleType):
+            continue
+        yield Read(file, name, value)
+        if isinstance(value, FunctionType):
+            yield from reads_of(value, seen)
 
 
 def _find(function: Callable[..., Any]) -> RotaryKind | None:

@@ -6,7 +6,8 @@ same bits, in that file's globals only, for as long as a converted model of the 
 place: a forward of another class would be a copy of the model's code.
 
 The wrapper takes the kernel for plain CUDA tensors that it knows, and the file's own function for everything else: on
-the CPU, under torch.compile and functorch, for other shapes, dtypes and tensor classes, and for cosines that train.
+the CPU, under torch.compile, functorch, `torch.jit.trace` and forward-mode differentiation, for other shapes, dtypes
+and tensor classes, for cosines that train, and once a global that the function reads (`rotate_half`) is another one.
 What another library has put there (liger-kernel, `kernels`) stays: before us, it is left alone; after us, it is not
 undone.
 """
@@ -25,16 +26,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from hf_lowprec.modules.rotary import Rule, turn
-from hf_lowprec.modules.rotary_kind import RotaryKind, branches, plain_function, rotary_kind
+from hf_lowprec.modules.rotary_kind import RotaryKind, branches, plain_function, reads_of, rotary_kind, unchanged
 
 _NAMED = re.compile(r"apply_\w*rotary\w*")
 _HOMES = ("transformers", "transformers_modules")  # who replaces the function of a file lives elsewhere
 _MOST = 4096  # rules that are kept: texts of many lengths have one each
 _UNKNOWN: Any = object()
 _functorch = torch._C._are_functorch_transforms_active
+_tracing = torch._C._is_tracing
 
 
 class _Patch:
@@ -45,20 +48,28 @@ class _Patch:
     """
 
     def __init__(self, file: dict[str, Any], name: str, original: Callable[..., Any], kind: RotaryKind) -> None:
-        self.file, self.name, self.original, self.kind = file, name, original, kind
+        self.file, self.name, self.original = file, name, original
         self.users: set[object] = set()
         self.emulate = False
         self.rules: dict[tuple[Any, ...], Rule | None] = {}
+        self.learn(kind)
         # What the `kernels` library exchanges, by giving the module a forward of its own.
         self._exchanged = original.__dict__ if isinstance(original, nn.Module) else {}
         self.wrapper = self._wrap()
+
+    def learn(self, kind: RotaryKind) -> None:
+        """kind: of the function with the globals that it reads now."""
+        inner = plain_function(self.original)
+        assert inner is not None
+        self.kind, self.reads = kind, tuple(reads_of(inner))
+        self.rules.clear()
 
     def _wrap(self) -> Callable[..., Any]:
         original, rules, users = self.original, self.rules, self.users
 
         @functools.wraps(original)
         def rotary_embedding(*args: Any, **kwargs: Any) -> Any:
-            if is_compiling() or len(args) != 4 or not users:
+            if is_compiling() or _tracing() or len(args) != 4 or not users:
                 return original(*args, **kwargs)
             q, k, cos, sin = args
             if not (type(q) is type(k) is type(cos) is type(sin) is Tensor and (q.is_cuda or self.emulate)):
@@ -74,7 +85,9 @@ class _Patch:
                 or sin.requires_grad
                 or not (q.get_device() == k.get_device() == cos.get_device() == sin.get_device())
                 or _functorch()
+                or forward_ad._current_level >= 0
                 or "forward" in self._exchanged
+                or not unchanged(self.reads)
             ):
                 return original(*args, **kwargs)
             return turn(q, k, cos, sin, rule)
@@ -127,7 +140,10 @@ class RotaryUse:
 
 
 def rotary_calls(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(file, name) of functions named like rotary embeddings that the code of `module`'s class calls as globals."""
+    """(file, name) of functions named like rotary embeddings that the code of `module`'s class calls as globals.
+
+    file: its name in sys.modules, or empty where it is not there: code of `exec` or `runpy`, or loaded by its path.
+    """
     seen = set()
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch."):
@@ -137,8 +153,11 @@ def rotary_calls(module: nn.Module) -> Iterator[tuple[str, str]]:
             if not isinstance(function, FunctionType):
                 continue
             file = function.__globals__
+            known = file.get("__name__", "")
+            if getattr(sys.modules.get(known), "__dict__", None) is not file:
+                known = ""
             for name in function.__code__.co_names:
-                call = (file.get("__name__", ""), name)
+                call = (known, name)
                 if call not in seen and _NAMED.fullmatch(name) and callable(file.get(name)):
                     seen.add(call)
                     yield call
@@ -146,6 +165,8 @@ def rotary_calls(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 def problem(file: str, name: str) -> str | None:
     """Why this function stays as it is, or None."""
+    if not file:
+        return f"{name} is of code that is no module in sys.modules"
     found = _patch(_globals(file), name)
     return found if isinstance(found, str) else None
 
@@ -163,8 +184,13 @@ def _patch(file: dict[str, Any], name: str) -> _Patch | str:
     """The patch of a file's global, in place or not, or why there is none."""
     key = (file["__name__"], name)
     known, found = _PATCHES.get(key), file.get(name)
-    if known is not None and known.file is file and found in (known.original, known.wrapper):
-        return known
+    ours = known is not None and known.file is file and found in (known.original, known.wrapper)
+    if known is not None and ours:
+        if unchanged(known.reads):
+            return known
+        found = known.original
+    else:
+        known = None
     theirs = getattr(found, "_lowprec_patch", None)
     if theirs is not None and theirs.wrapper is found:  # imported from another file while that was patched
         found = file[name] = theirs.original
@@ -180,5 +206,8 @@ def _patch(file: dict[str, Any], name: str) -> _Patch | str:
     kind = rotary_kind(original)
     if kind is None:
         return f"{name} is no rotary embedding that there is a kernel for"
+    if known is not None:
+        known.learn(kind)
+        return known
     patch = _PATCHES[key] = _Patch(file, name, original, kind)
     return patch

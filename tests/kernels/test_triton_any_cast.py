@@ -59,7 +59,8 @@ OTHERS = [
 
 
 def inputs(rows: int, cols: int, dtype: torch.dtype, device: str, spoiled: bool) -> torch.Tensor:
-    """Wide normals, ties, rows and blocks of zeros and of subnormals, and where `spoiled` Inf and NaN."""
+    """Wide normals, ties, rows and blocks of zeros and of subnormals, and where `spoiled` Inf and NaN, one row all of
+    them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((rows, cols), generator=generator) * 2.0 ** torch.randint(-20, 12, (rows, 1), generator=generator)
     x[:, ::3] = (x[:, ::3] * 8).round() / 8
@@ -69,6 +70,7 @@ def inputs(rows: int, cols: int, dtype: torch.dtype, device: str, spoiled: bool)
     x[3, 0] = 3e38
     if spoiled:
         x[4, 1], x[5, cols - 1], x[6, 0] = float("inf"), float("nan"), -float("inf")
+        x[7], x[7, ::2] = float("nan"), float("inf")
     return x.to(dtype).to(device)
 
 
