@@ -1,36 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the tests that need a GPU and stores what they said: CI has no GPU, so their evidence is committed.
 
-python benchmarks/gpu_tests.py [more arguments for pytest]
+    python benchmarks/gpu_tests.py [more arguments for pytest]
+
+Failures are printed as they come, and the file is written as the run goes on: of one that is cut off it says what was
+seen until then, and `exit_status` null.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
-import xml.etree.ElementTree as ElementTree
+import time
+from typing import Any
 
+import pytest
 from environment import REPOSITORY, environment
-from harness import RESULTS, SCRATCH
+from harness import RESULTS
+
+SECONDS = 5  # between two versions of the file
+
+
+class Outcomes:
+    """A pytest plugin: outcome -> tests, of this process or, under xdist, of all workers."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, str] = {}
+        self._environment = environment()
+        self._written = 0.0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.outcome != "passed":  # a failure of set-up or tear-down is one of the test
+            worse = report.failed or self.tests.get(report.nodeid) != "failed"
+            self.tests[report.nodeid] = report.outcome if worse else "failed"
+        elif report.when == "call":
+            self.tests[report.nodeid] = "passed"
+        self._tell(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome != "passed":
+            self.tests[report.nodeid] = report.outcome
+            self._tell(report)
+
+    def _tell(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed:
+            print(f"\nFAILED {report.nodeid}\n{str(report.longrepr)[-2000:]}", flush=True)
+        if time.monotonic() - self._written > SECONDS:
+            self.write(None)
+
+    def write(self, exit_status: int | None) -> dict[str, int]:
+        kinds: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+        for test, outcome in self.tests.items():
+            kinds[outcome].append(test)
+        counts = {kind: len(tests) for kind, tests in kinds.items()}
+        stored: dict[str, Any] = {"benchmark": "gpu_tests", "exit_status": exit_status, "counts": counts}
+        stored |= {"environment": self._environment, **{kind: sorted(tests) for kind, tests in kinds.items()}}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "gpu_tests.json").write_text(json.dumps(stored, indent=1) + "\n")
+        self._written = time.monotonic()
+        return counts
 
 
 def main() -> int:
-    xml = SCRATCH / "gpu_tests.xml"
-    xml.parent.mkdir(parents=True, exist_ok=True)
-    command = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={xml}", *sys.argv[1:]]
-    status = subprocess.run([sys.executable, *command], cwd=REPOSITORY).returncode
-    outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for case in ElementTree.parse(xml).getroot().iter("testcase"):
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        outcomes[outcome].append(f"{case.get('classname')}::{case.get('name')}")
-    counts = {kind: len(names) for kind, names in outcomes.items()}
-    stored = {"benchmark": "gpu_tests", "exit_status": status, "counts": counts, "environment": environment()}
-    stored |= {kind: sorted(names) for kind, names in outcomes.items()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "gpu_tests.json").write_text(json.dumps(stored, indent=1) + "\n")
-    print(counts)
+    os.chdir(REPOSITORY)
+    outcomes = Outcomes()
+    status = int(pytest.main(["-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[outcomes]))
+    print(outcomes.write(status))
     return status
 
 
