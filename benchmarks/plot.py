@@ -63,11 +63,12 @@ def colour(recipe: str) -> str:
     raise SystemExit(f"no colour for {recipe!r}: add its format family to FAMILIES in plot.py")
 
 
-def conditions(environment: dict[str, Any]) -> str:
-    """GPU and versions under a figure."""
+def conditions(environment: dict[str, Any], *others: dict[str, Any]) -> str:
+    """GPU and versions under a figure. others: environments that may differ in the commit alone."""
     libraries = environment["libraries"]
     where = environment["gpu"] or f"{environment['cpu']} (CPU, emulated)"
-    commit = f", commit {environment['commit'][:9]}" if environment.get("commit") else ""
+    commits = list(dict.fromkeys(e["commit"][:9] for e in (environment, *others) if e.get("commit")))
+    commit = f", commit{'s' * (len(commits) > 1)} {' and '.join(commits)}" if commits else ""
     return f"{where}, torch {libraries['torch']}, transformers {libraries['transformers']}{commit}"
 
 
@@ -209,6 +210,10 @@ def step_groups(data: dict[str, Any], field: str, baseline: bool) -> dict[tuple[
     return groups
 
 
+def environments(groups: dict[Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [case["environment"] for cases in groups.values() for case in cases]
+
+
 def step(data: dict[str, Any]) -> Figure:
     """Step time as a share of bf16's in the same run, of every case that ran, the losing ones included."""
     groups = step_groups(data, "ratio", baseline=False)
@@ -230,9 +235,8 @@ def step(data: dict[str, Any]) -> Figure:
     axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
     axes.margins(x=0.22, y=0.01)
     axes.invert_yaxis()
-    first = next(iter(groups.values()))[0]
     how = "through Accelerator.prepare, eager unless +compile; @bf16: weights loaded in bf16"
-    figure.supxlabel(f"{how}\n{conditions(first['environment'])}", fontsize=8)
+    figure.supxlabel(f"{how}\n{conditions(*environments(groups))}", fontsize=8)
     return figure
 
 
@@ -267,7 +271,7 @@ def memory(data: dict[str, Any]) -> Figure:
     axes.margins(x=0.14, y=0.01)
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", fontsize=8, ncols=2)
-    figure.supxlabel(conditions(next(iter(groups.values()))[0]["environment"]), fontsize=8)
+    figure.supxlabel(conditions(*environments(groups)), fontsize=8)
     return figure
 
 
