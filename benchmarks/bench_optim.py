@@ -98,7 +98,7 @@ def maker(name: str) -> Callable[[list[Any]], Any]:
 
 class WithWeights:
     """An optimizer of ours after whose steps all matrices are cast as weights of `fp8-lm`, in both layouts, again into
-    the same copies; without a model around them, which would have used the copies in between."""
+    the same copies; without a model around them, whose first layer would ask for that."""
 
     def __init__(self, optimizer: Any, params: list[Any]) -> None:
         from hf_lowprec.modules import LayerState, emission
@@ -112,7 +112,7 @@ class WithWeights:
         for layer, weight in zip(self.layers, self.weights, strict=True):
             layer.to(weight.device)
             layer.weight_cache.followed = True
-            layer.weight_cache.get(weight, layer.spec, layer.operands[1], ready=False, training=True)
+            self._need(layer, weight)
         if self.weights[0].device.type == "cpu":  # to try the script
             emission.table_for = lambda device: PlainTable()
         self.emission = emission.Emission(list(zip(self.layers, self.weights, strict=True)))
@@ -121,9 +121,16 @@ class WithWeights:
         self.optimizer.step()
         caches = [layer.weight_cache for layer in self.layers]
         copies = [cache.quantized for cache in caches]
-        for cache in caches:
+        for cache, weight in zip(caches, self.weights, strict=True):
             cache.close_step()
-        self.emission.run(copies, self.optimizer.weight_amax)
+            cache.note_amax(weight, self.optimizer.weight_amax(weight))
+        self.emission.defer(copies)
+        self._need(self.layers[0], self.weights[0])
+
+    @staticmethod
+    def _need(layer: Any, weight: Any) -> None:
+        """As a forward pass does: the first layer's has all weights cast."""
+        layer.weight_cache.get(weight, layer.spec, layer.operands[1], ready=False, training=True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)

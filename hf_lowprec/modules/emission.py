@@ -51,7 +51,7 @@ class Emission:
         self._places: dict[torch.device, _Place | None] = {}
 
     def copies(self) -> Copies:
-        """Of weights to be cast again, the copies: memory for `run`. To be asked before the step drops them."""
+        """Of weights to be cast again, the copies: memory for `defer`. To be asked before the step drops them."""
         layers = [ref() for ref, _ in self._layers]
         return [None if layer is None else layer.weight_cache.worth_keeping for layer in layers]
 
