@@ -3,7 +3,7 @@
 
     before: weight gradients pass through the recipe's communication format (`optim/gradient.py`)
     after:  amax histories roll, new scales, cached low-precision weights are dropped, learned ranges step; after our
-            own optimizers the weights are cast anew, all at once (`modules/emission.py`)
+            own optimizers the weights will be cast anew all at once (`modules/emission.py`)
 
 torch's global optimizer hooks fire for optimizers that a script built itself and for those that we never saw.
 The amax histories, mu, counters and the recipe ride in `optimizer.state_dict()["hf_lowprec"]`, so an unmodified
