@@ -31,11 +31,9 @@ class Outcomes:
         self._written = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.outcome != "passed":  # a failure of set-up or tear-down is one of the test
-            worse = report.failed or self.tests.get(report.nodeid) != "failed"
-            self.tests[report.nodeid] = report.outcome if worse else "failed"
-        elif report.when == "call":
-            self.tests[report.nodeid] = "passed"
+        # Set-up and tear-down tell nothing but failures and skips, and a failure stays one.
+        if (report.when == "call" or not report.passed) and self.tests.get(report.nodeid) != "failed":
+            self.tests[report.nodeid] = report.outcome
         self._tell(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

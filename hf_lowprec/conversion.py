@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from hf_lowprec import fusion, optim, stepping, transform
 from hf_lowprec.break_even import break_even
 from hf_lowprec.decoder import NoDecoder, find_decoder
 from hf_lowprec.describe import FP8_SINCE, INT8_SINCE, MX_SINCE, native_since, recipe_since, sm
+from hf_lowprec.flags import check_switch, read_switch
 from hf_lowprec.modules import LayerState, ScalingState, low_precision_class
 from hf_lowprec.modules.flexible import Flexible, flexible_class
 from hf_lowprec.modules.linear import LowPrecMixin, original_class, set_class
@@ -295,20 +295,6 @@ def report_of(model: nn.Module) -> ConversionReport | None:
 
 
 # --- switches -------------------------------------------------------------------------------------------------------
-
-
-def read_switch(name: str, default: bool) -> bool:
-    """An environment variable that switches. Raises ValueError for anything but 0, 1, or nothing."""
-    text = os.environ.get(name, "").strip()
-    if text not in ("", "0", "1"):
-        raise ValueError(f"{name}={text!r}: 0 or 1")
-    return default if not text else text == "1"
-
-
-def check_switch(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is True, False or None."""
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: True, False or None")
 
 
 # --- what convert checks first --------------------------------------------------------------------------------------

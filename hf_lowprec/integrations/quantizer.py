@@ -19,7 +19,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowprec import _autoload
-from hf_lowprec.conversion import check_switch, convert
+from hf_lowprec.conversion import convert
+from hf_lowprec.flags import check_switch
 from hf_lowprec.integrations.switches import SWITCHES, Switches, settle
 from hf_lowprec.presets import get_recipe
 from hf_lowprec.recipe import Recipe

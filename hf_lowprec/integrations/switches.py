@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hf_lowprec.conversion import read_switch, recipe_of, report_of, session_of
+from hf_lowprec.conversion import recipe_of, report_of, session_of
+from hf_lowprec.flags import read_switch
 from hf_lowprec.graphs import GraphError, graph_layers
 
 ATTENTION_ENV, LIGER_ENV = "HF_LOWPREC_ATTENTION", "HF_LOWPREC_LIGER"

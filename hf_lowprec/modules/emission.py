@@ -3,9 +3,9 @@
 
 A cast of each weight in its layer's forward pass costs a launch per layer and step. Here the first layer that needs
 its copy after a step has a launch cast all weights of a device, to the same bits, with the amaxes that the step has
-noted; the others find theirs. What keeps
-these is the cache alone: a table holds addresses. Their memory is written again at the next step if nobody else holds
-it by then (a graph whose backward pass is still to come does), so that in a plain loop the addresses stay.
+noted; the others find theirs. What keeps these is the cache alone: a table holds addresses. Their memory is written
+again after the next step if nobody else holds it by then (a graph whose backward pass is still to come does), so that
+in a plain loop the addresses stay.
 
 A weight is left to its layer where nobody used its copy in the step before (the first step, a compiled model), where
 the cache would keep nothing (policy `none`, shards, frozen weights), where a kernel does not cover it (scales other
