@@ -68,15 +68,15 @@ class Setting(NamedTuple):
 
 # By the way of rounding (0: float32, 1: by the FPU, 2: by dropping bits, 3: any), whether it is stochastic, whether
 # sums have chunks. Left alone, stochastic loops take 160 to 250 registers: fewer programs at a time.
-_COMMON = Setting(64, 64, 4, False, 4)
+_COMMON = Setting(64, 64, 4, True, 4)
 SETTINGS = {
-    (0, False, False): _COMMON,
-    (1, False, False): _COMMON,
+    (0, False, False): Setting(32, 64, 2, True, 4),
+    (1, False, False): _COMMON._replace(registers=128),
     (1, False, True): _COMMON,
-    (2, False, False): _COMMON,
-    (2, False, True): _COMMON,
+    (2, False, False): _COMMON._replace(registers=128),
+    (2, False, True): _COMMON._replace(registers=128),
     (2, True, False): _COMMON._replace(registers=128),
-    (2, True, True): _COMMON._replace(registers=128),
+    (2, True, True): _COMMON._replace(registers=160),
     (3, False, False): _COMMON,
     (3, False, True): _COMMON,
     (3, True, False): _COMMON,
