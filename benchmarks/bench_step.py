@@ -4,6 +4,7 @@
     python benchmarks/bench_step.py                     every case of step_cases.py (one GPU)
     python benchmarks/bench_step.py --only 8b/2x4096    cases whose name contains this; `8b/2x4096x1/fp8-lm$` is exact
     python benchmarks/bench_step.py --minutes 4         the first ones, those that decide most come first
+    python benchmarks/bench_step.py --recipes           every recipe on recipe_study.py's model: what emulation costs
     python benchmarks/bench_step.py --micro --device cpu --only tiny   the script itself, on a CPU
 
 Finished cases are kept, so a call goes on where the last one ended. Every call measures the baseline of each group
@@ -50,7 +51,7 @@ from harness import (
     start,
     write_results,
 )
-from step_cases import CASES, GRAPH_WARMUP, MICRO, MODELS, Contender, flops_per_step, parse, utilisation
+from step_cases import CASES, GRAPH_WARMUP, MICRO, MODELS, RECIPES, Contender, flops_per_step, parse, utilisation
 
 NOT_INSTALLED = "not installed"
 GIB = 2**30
@@ -315,7 +316,7 @@ def plan(args: argparse.Namespace, stored: list[dict[str, Any]], here: dict[str,
     settings = {"device": args.device, "warmup": args.warmup, "steps": args.steps}
     wanted = [
         {"model_name": model, "batch": batch, "recipe": recipe, **settings}
-        for model, batch, recipes in (MICRO if args.micro else CASES)
+        for model, batch, recipes in (MICRO if args.micro else RECIPES if args.recipes else CASES)
         for recipe in recipes
         if wants(args.only, f"{model}/{batch}/{recipe}")
     ]
@@ -389,17 +390,20 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=600, help="stop then; what has finished is stored")
     parser.add_argument("--jobs", type=int, default=3, help="processes at a time: one measures, the others import")
+    parser.add_argument("--recipes", action="store_true", help="all recipes on recipe_study.py's model instead")
     parser.add_argument("--micro", action="store_true", help="toy models, to try the script")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--again", action="store_true", help="measure finished cases again")
     parser.add_argument("--any-source", action="store_true", help="reuse cases that another package source produced")
-    parser.add_argument("--out", type=Path, help="default: results/step.json, a scratch file with --micro")
+    files = "results/step.json, results/recipe_times.json with --recipes, a scratch file with --micro"
+    parser.add_argument("--out", type=Path, help=f"default: {files}")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(json.loads(args.worker))
         return 0
-    args.out = args.out or (SCRATCH if args.micro else RESULTS) / "step.json"
+    name = "recipe_times.json" if args.recipes else "step.json"
+    args.out = args.out or (SCRATCH if args.micro else RESULTS) / name
     SCRATCH.mkdir(parents=True, exist_ok=True)
     return run(args)
 

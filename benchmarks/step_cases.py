@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, **_COMMON},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128},
+    "23m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
+            "num_key_value_heads": 6, "vocab_size": 16384, "max_position_embeddings": 512},
 }  # fmt: skip
 MODELS["1b-lora"], MODELS["tiny-lora"] = MODELS["1b"], MODELS["tiny"]
 
@@ -54,6 +56,12 @@ CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
                         "fp8-lm+compile", "te-delayed", "fp8-amax")),
     ("1b-lora", "2x4096x1", (BASELINE, "fp8-lm", "bf16@bf16", "fp8-lm@bf16")),
 )  # fmt: skip
+# What an emulation costs: the model of recipe_study.py, all of its recipes.
+RECIPES = (("23m", "16x512x1", (
+    BASELINE, "bf16-sr@bf16", "fp16", "fp8-lm", "fp8-lm-o1", "fp8-lm-o3", "te-delayed", "te-current", "fp8-amax",
+    "fp8-cscale", "mxfp8", "mxfp6", "mxfp6-e2m3", "mxfp4", "mxint8", "bitnet", "bitnet-b1.58", "switchback",
+    "switchback-m", "switchback-q", "unit-scaling", "u-mup", "fp8-flex", "hfp8", "fp8-chunked", "sr-mac",
+)),)  # fmt: skip
 MICRO = (
     ("tiny", "2x64x2", (BASELINE, "bf16@bf16", "fp8-lm", "fp8-lm@bf16+8bit", "torchao", "bf16+liger")),
     ("tiny-lora", "2x64x1", (BASELINE, "fp8-lm")),

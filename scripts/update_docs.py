@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE_PAGES = ROOT / "docs" / "recipes"
 # The study on a GPU, and its stand-in on a CPU (benchmarks/recipe_study.py).
 STUDIES = tuple(ROOT / "benchmarks" / "results" / name for name in ("recipes.json", "recipes_cpu.json"))
+TIMES = ROOT / "benchmarks" / "results" / "recipe_times.json"
 
 
 def pages() -> list[str]:
@@ -59,16 +60,20 @@ def measured(name: str) -> str:
         study = case["study"]
         text = "bytes" if study.get("bytes") else "tokens"
         model = f"Llama, {case['parameters'] / 1e6:.1f} M parameters, {study['batch']} x {study['seq']} {text}"
-        base = data["summary"].get("bf16", {}).get("step_ms")
-        time = f"{summary.get('step_ms', case['step_ms']):.0f} ms" + (f", {base:.0f} ms" if base else "")
-        if case["environment"]["gpu"] is None:
-            time = ""  # of an emulation beside other work: it says nothing of the recipe
+        time = _time(name) if case["environment"]["gpu"] else ""  # an emulation on a CPU says nothing of the recipe
         gap = "diverged" if case["status"] == "diverged" else _gap(summary)
         rows.append((model, str(study["steps"]), device, gap, time))
     if len(rows) == 1 and not reasons:
         return "Not measured yet.\n"
     table = markdown(rows) if len(rows) > 1 else ""
     return table + "".join(f"\nNot run on {reason}\n" for reason in reasons)
+
+
+def _time(name: str) -> str:
+    """A step without other runs beside it, and bf16's of the same call."""
+    cases = json.loads(TIMES.read_text(encoding="utf-8"))["cases"] if TIMES.is_file() else []
+    found = [c for c in cases if c["recipe"].partition("@")[0] == name and c["status"] == "ok" and "ratio" in c]
+    return f"{found[0]['step_ms']:.0f} ms, {found[0]['baseline_ms']:.0f} ms" if found else ""
 
 
 def _gap(summary: dict[str, Any]) -> str:

@@ -146,10 +146,14 @@ def test_the_measured_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     docs = load_update_docs()
     gpu, cpu = tmp_path / "recipes.json", tmp_path / "recipes_cpu.json"
     monkeypatch.setattr(docs, "STUDIES", (gpu, cpu))
+    monkeypatch.setattr(docs, "TIMES", tmp_path / "recipe_times.json")
     assert docs.measured("fp8-lm") == "Not measured yet.\n"
-    row = {"mean_gap": 0.00123, "seeds": [1, 2, 3], "standard_error": 0.0004, "step_ms": 48.0}
+    times = [{"recipe": "bf16", "status": "ok", "step_ms": 70.0, "baseline_ms": 70.0, "ratio": 1.0},
+             {"recipe": "fp8-lm", "status": "ok", "step_ms": 48.2, "baseline_ms": 70.0, "ratio": 0.689}]  # fmt: skip
+    docs.TIMES.write_text(json.dumps({"cases": times}))
+    row = {"mean_gap": 0.00123, "seeds": [1, 2, 3], "standard_error": 0.0004}
     cases = [case("bf16"), case("fp8-lm"), case("sr-mac", status="failed", reason="no kernel"), case("bf16-sr@bf16")]
-    summary = {"bf16": {"step_ms": 70.0}, "fp8-lm": row, "bf16-sr@bf16": {"mean_gap": -0.01, "seeds": [1]}}
+    summary = {"fp8-lm": row, "bf16-sr@bf16": {"mean_gap": -0.01, "seeds": [1]}}
     gpu.write_text(json.dumps({"cases": cases, "summary": summary}))
     study = {"steps": 300, "batch": 8, "seq": 64, "bytes": True}
     small = case("fp8-lm", status="diverged", parameters=900_000, study=study, environment={"gpu": None})

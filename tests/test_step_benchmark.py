@@ -16,9 +16,12 @@ pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def test_contenders() -> None:
-    from step_cases import CASES, MICRO, parse
+    from step_cases import CASES, MICRO, RECIPES, parse
 
-    for _, _, names in (*CASES, *MICRO):
+    from hf_lowprec.presets import PRESETS
+
+    assert {parse(name).name for name in RECIPES[0][2]} == set(PRESETS)
+    for _, _, names in (*CASES, *RECIPES, *MICRO):
         assert names[0] == "bf16" and len(set(names)) == len(names)
         for name in names:
             parse(name)
