@@ -72,7 +72,18 @@ def fake_gpu() -> Iterator[None]:
     changes.append((modules["kernels.scaled_mm"], "_supported", lambda device, a, b: f"_scaled_mm {a[:6]}"))
     changes.append((torch, "_scaled_mm", _scaled_mm))
     changes.append((torch._C, "_cuda_getCurrentRawStream", lambda device: 0))
-    for name in ("cast", "cast_transpose", "transpose", "norm", "glu", "glu_backward", "rotary"):
+    kernels = (
+        "cast",
+        "cast_transpose",
+        "transpose",
+        "norm",
+        "glu",
+        "glu_backward",
+        "rotary",
+        "any_cast",
+        "any_decode",
+    )
+    for name in kernels:
         module = importlib.import_module(f"hf_lowprec.kernels.triton.{name}")
         for attribute, value in vars(module).items():
             if isinstance(value, Launcher):

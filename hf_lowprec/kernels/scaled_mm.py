@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_lowprec.describe import FP8_SINCE, MX_SINCE, native_since
 from hf_lowprec.kernels.microscaling import mx_scaled_mm
 from hf_lowprec.kernels.triton.accumulate import accumulate
-from hf_lowprec.kernels.triton.any_decode import decode, decodes
+from hf_lowprec.kernels.triton.any_decode import decode, decodes, fits_bfloat16
 from hf_lowprec.kernels.triton.formats import covered
 from hf_lowprec.kernels.triton.transpose import transpose
 from hf_lowprec.ops.quantize import parse_quant
@@ -37,6 +37,7 @@ from hf_lowprec.ops.scaled_mm import (
 )
 
 _ALIGNMENT = 16
+_BFLOAT16_SINCE = (8, 0)
 _MX = "scaled_mm MX"
 
 
@@ -102,7 +103,11 @@ def _emulated(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`default_scaled_mm`, whose operands a kernel decodes in one pass."""
+    """`default_scaled_mm`, whose operands a kernel decodes in one pass.
+
+    Tensor cores multiply them where bfloat16 holds both exactly: the products are exact then as well, and summed in
+    float32. Float32's own GEMMs are an order of magnitude slower.
+    """
     qa, qb = parse_quant(a_quant), parse_quant(b_quant)
     itself = qa.scaling.inverse or qb.scaling.inverse or are_integers(a_quant, b_quant)
     if itself or not decodes(qa) or not decodes(qb):
@@ -110,8 +115,10 @@ def _emulated(
     count(f"emulated {qa.format} x {qb.format}")
     k = min(a.shape[1], b.shape[1])
     one_scale = a_scale.numel() == 1 and b_scale.numel() == 1
-    hp_a = decode(a[:, :k], None if one_scale else a_scale, qa)
-    hp_b = decode(b[:, :k], None if one_scale else b_scale, qb)
+    exact = _multiplies_bfloat16(a.device) and fits_bfloat16(qa, not one_scale) and fits_bfloat16(qb, not one_scale)
+    values = torch.bfloat16 if exact else torch.float32
+    hp_a = decode(a[:, :k], None if one_scale else a_scale, qa, values)
+    hp_b = decode(b[:, :k], None if one_scale else b_scale, qb, values)
     return multiply(hp_a, hp_b, a_scale.float() * b_scale.float() if one_scale else None, bias, dtype)
 
 
@@ -144,6 +151,12 @@ def _k_major(x: Tensor) -> Tensor:
     if element == 1 and row % _ALIGNMENT == 0 and x.shape[1] % _ALIGNMENT == 0:
         return x
     return transpose(x if row == 1 else x.contiguous(), pad_to=_ALIGNMENT)
+
+
+@cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether torch has bfloat16 GEMMs with float32 outputs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _BFLOAT16_SINCE
 
 
 @cache

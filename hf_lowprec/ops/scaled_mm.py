@@ -122,13 +122,20 @@ def default_scaled_mm(
 
 
 def multiply(a: Tensor, b: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """a @ b.T of float32 operands, times one scale, plus the bias, in `dtype`."""
+    """a @ b.T, times one scale, plus the bias, in `dtype`; products and sums are float32.
+
+    a, b: float32; on CUDA also both bfloat16.
+    """
     # Autocast reaches into operators and would turn the float32 product into a bfloat16 one.
     with torch.autocast(a.device.type, enabled=False):
-        if scale is None:
+        if a.dtype != torch.float32:
+            out = torch.mm(a, b.t(), out_dtype=torch.float32)
+        elif scale is None:
             return F.linear(a, b, None if bias is None else bias.float()).to(dtype)
-        out = a @ b.t()
-        out *= scale
+        else:
+            out = a @ b.t()
+        if scale is not None:
+            out *= scale
         if bias is not None:
             out += bias.float()
         return out.to(dtype)

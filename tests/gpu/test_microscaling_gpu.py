@@ -28,6 +28,24 @@ def has_mx() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
 
 
+@pytest.mark.parametrize("format", ["e4m3fn", "e2m1", "e0m7", "e6m9"])
+@pytest.mark.parametrize("scale", [Scaling(granularity="block", block=(32,), snap="ocp", store="e8m0"), Scaling()])
+def test_emulated_products_on_tensor_cores(format: str, scale: Scaling) -> None:
+    """Operands that bfloat16 holds are multiplied by its GEMM, under autocast too: the CPU's numbers up to the order
+    of sums."""
+    quant = Quant(format=format, scaling=scale)
+    key = ops.quant_key(quant)
+    a, b = (numerics.quantize(torch.randn(rows, 4096), quant) for rows in (64, 48))
+    bias = torch.randn(48)
+    truth = ops.scaled_mm(*a, key, *b, key, bias, dtype=torch.float32, emulate=True)
+    on_gpu = [t.cuda() for t in (*a, *b, bias)]
+    with torch.autocast("cuda", torch.float16):
+        found = ops.scaled_mm(
+            *on_gpu[:2], key, *on_gpu[2:4], key, on_gpu[4], dtype=torch.float32, emulate=True
+        )  # fmt: skip
+    assert float((found.cpu() - truth).norm()) <= TOLERANCE[torch.float32] * float(truth.norm())
+
+
 def spread(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * torch.exp2(

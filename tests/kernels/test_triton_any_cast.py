@@ -172,11 +172,29 @@ def check_decoding(device: str) -> int:
         bare = q.float() if q.is_floating_point() else numerics.decode(q, quant.format)
         same(any_decode.decode(given.to(device)[:, :40], None, quant), bare[:, :40].contiguous(), ("bare", quant))
         same(any_decode.decode(given.to(device)[:, :40], s.to(device), quant), truth[:, :40].contiguous(), quant)
-        count += 3
+        halves = any_decode.decode(given.to(device), s.to(device), quant, torch.bfloat16)
+        same(halves, truth.bfloat16(), ("bfloat16", quant))
+        if any_decode.fits_bfloat16(quant, True):
+            assert bool(((halves.float().cpu() == truth) | truth.isnan() | (truth.abs() < 2.0**-133)).all()), quant
+        if any_decode.fits_bfloat16(quant, False):
+            bare_halves = any_decode.decode(given.to(device), None, quant, torch.bfloat16).float()
+            same(bare_halves[:, :40].contiguous(), bare[:, :40].contiguous(), ("bare bfloat16", quant))
+        count += 4
     assert any_decode.decode(q[:0].to(device), None, quant).shape == (0, 75 if i % 2 else 96)
     if device == "cpu":  # where both sum alike
         check_emulated_products()
     return count
+
+
+def test_what_bfloat16_holds() -> None:
+    pytest.importorskip("triton")
+    from hf_lowprec.kernels.triton.any_decode import fits_bfloat16
+
+    mx = Quant(format="e4m3fn", scaling=Scaling(granularity="block", block=(32,), snap="ocp", store="e8m0"))
+    row = Quant(format="e4m3fn", scaling=Scaling(granularity="row"))
+    assert fits_bfloat16(mx, True) and fits_bfloat16(row, False) and not fits_bfloat16(row, True)
+    assert fits_bfloat16(Quant(format="bf16"), False) and not fits_bfloat16(Quant(format="e6m9"), False)
+    assert not fits_bfloat16(Quant(format="fp16"), False)
 
 
 def check_emulated_products() -> None:
