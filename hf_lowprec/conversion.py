@@ -192,6 +192,12 @@ def _mark(session: Session) -> None:
     optim.mark_gemm_weights(session.root, session.weights().values())
 
 
+def follows_measurements(session: Session) -> bool:
+    """Whether the bounds on tokens of a call are those of `break_even`, not the user's own."""
+    options = session.options
+    return isinstance(options, _Options) and options.min_tokens is None
+
+
 def _class_for(module: nn.Module, recipe: Recipe) -> type:
     cls = low_precision_class(module)
     assert cls is not None  # `select` has asked

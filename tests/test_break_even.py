@@ -18,6 +18,7 @@ from hf_lowprec import break_even
 from hf_lowprec.break_even import BreakEven, find, least_tokens
 from hf_lowprec.modules.linear import FEW_TOKENS
 from hf_lowprec.ops import kernel_counts
+from hf_lowprec.session import session_of
 
 GPU = "NVIDIA Imaginary 80GB"
 
@@ -104,6 +105,31 @@ def test_a_user_may_ignore_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_LOWPREC_BREAK_EVEN", "no")
     with pytest.raises(ValueError, match="HF_LOWPREC_BREAK_EVEN='no': 0 or 1"):
         hf_lowprec.convert(nn.Sequential(nn.Linear(16, 16)), "fp8-lm")
+
+
+@pytest.mark.usefixtures("measured")
+def test_graphs_lift_the_bound_on_tokens() -> None:
+    model = llama()
+    report = hf_lowprec.convert(model, "fp8-lm")
+    layers = report_layers(model)
+    before, bounds = dict(report.least_tokens), {name: state.least for name, state in layers.items()}
+    assert set(bounds.values()) == {10 * 32, 6 * 32, 6 * 48}
+    graphs = hf_lowprec.graph_layers(model, device_type="cpu")
+    assert not report.least_tokens and not any(state.least for state in layers.values())
+    assert graphs.lifted == before and "tokens a call" not in report.summary()
+    hf_lowprec.ungraph_layers(model)
+    assert report.least_tokens == before and {name: state.least for name, state in layers.items()} == bounds
+
+    asked = llama()
+    report = hf_lowprec.convert(asked, "fp8-lm", min_tokens=4)
+    hf_lowprec.graph_layers(asked, device_type="cpu")
+    assert set(report.least_tokens.values()) == {4}, "the user's own bound stays"
+
+
+def report_layers(model: nn.Module) -> dict[str, Any]:
+    session = session_of(model)
+    assert session is not None
+    return session.scaling.layers
 
 
 def test_a_wrong_switch_is_an_error_where_nothing_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:

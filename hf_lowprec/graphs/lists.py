@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hf_lowprec import stepping
-from hf_lowprec.conversion import unwrapped
+from hf_lowprec.conversion import follows_measurements, unwrapped
 from hf_lowprec.graphs import calls
 from hf_lowprec.graphs.capture import Capturer, CudaCapturer, GraphError
 from hf_lowprec.graphs.layer import BUSY, ELSEWHERE, LayerGraph, Shared
@@ -28,7 +28,8 @@ from hf_lowprec.graphs.snapshot import RUNNER, Snapshot
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, set_class
 from hf_lowprec.modules.weight_cache import steps
 from hf_lowprec.operands import Quantized
-from hf_lowprec.session import session_of
+from hf_lowprec.selection import weight_of
+from hf_lowprec.session import Session, session_of
 
 OWNER = "_hf_lowprec_graphs"  # in a model's __dict__
 _KEPT = 64  # kinds of calls that are counted
@@ -241,8 +242,9 @@ class LayerGraphs:
     `replays` those that ran with one, `captured` the layers that have a graph.
     """
 
-    def __init__(self, lists: list[LayerList]) -> None:
+    def __init__(self, lists: list[LayerList], lifted: dict[str, int] | None = None) -> None:
         self.lists = lists
+        self._lifted = lifted or {}
 
     @property
     def captured(self) -> int:
@@ -260,6 +262,11 @@ class LayerGraphs:
         """Drop all graphs and their memory; they are captured anew. A backward pass that is to come still works."""
         for one in self.lists:
             one.clear()
+
+    @property
+    def lifted(self) -> dict[str, int]:
+        """Linear -> tokens of a call from which on it gained without graphs (`break_even`): no bound with them."""
+        return self._lifted
 
     def __str__(self) -> str:
         return ", ".join(one.summary() for one in self.lists)
@@ -369,7 +376,7 @@ def graph_layers(
         for index, (full, layer) in enumerate(layers.items()):
             layer.__dict__[RUNNER] = _Runner(owner, index, full)
             set_class(layer, _graphed_class(type(layer)))
-    graphs = model.__dict__[OWNER] = LayerGraphs(lists)
+    graphs = model.__dict__[OWNER] = LayerGraphs(lists, None if session is None else _lift_rule(session))
     if session is not None:
         session.report.graphs = graphs
         session.on_end(lambda: ungraph_layers(model))
@@ -390,6 +397,29 @@ def ungraph_layers(model: nn.Module) -> None:
     session = session_of(model)
     if session is not None:
         session.report.graphs = None
+        if graphs is not None:
+            _set_rule(session, graphs.lifted)
+
+
+def _lift_rule(session: Session) -> dict[str, int]:
+    """Low precision for calls of any number of tokens: what a small call loses without graphs is the host's time.
+
+    A `min_tokens` that the user chose stays. Returns what was measured.
+    """
+    if not follows_measurements(session):
+        return {}
+    measured = dict(session.report.least_tokens)
+    _set_rule(session, dict.fromkeys(measured, 0))
+    return measured
+
+
+def _set_rule(session: Session, least_tokens: dict[str, int]) -> None:
+    for name, tokens in least_tokens.items():
+        state = session.scaling.layers[name]
+        shape = weight_of(session.root.get_submodule(name)).shape
+        state.least = tokens * shape[0 if state.spec.weight_is_kn else 1]
+    known = {**session.report.least_tokens, **least_tokens}
+    session.report.least_tokens = {name: tokens for name, tokens in known.items() if tokens}
 
 
 def repeated_layers(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
