@@ -3,7 +3,7 @@
 
     python benchmarks/bench_breakeven.py                      every recipe below, one GPU (two minutes)
     python benchmarks/bench_breakeven.py --recipes te-current --widths 1024 4096 --tokens 2048
-    python benchmarks/bench_breakeven.py --write-rule         also writes hf_lowprec/break_even.json from `linears`
+    python benchmarks/bench_breakeven.py --write-rule [--no-map]  also writes hf_lowprec/break_even.json from `linears`
     python benchmarks/bench_breakeven.py --ruled              the map with that rule in force, where nothing may lose
     python benchmarks/bench_breakeven.py --micro --device cpu
 
@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument(
         "--write-rule", nargs="?", type=Path, const=RULE, metavar="JSON", help="default: the package's"
     )
+    parser.add_argument("--no-map", action="store_true", help="`linears` alone: what the rule is made from")
     parser.add_argument("--ruled", action="store_true", help="measure the map with the package's rule in force")
     parser.add_argument("--out", type=Path, help="default: results/breakeven.json, a scratch file with --micro")
     args = parser.parse_args()
@@ -176,7 +177,7 @@ def main() -> int:
             case["linears"] = measure(recipe, *sizes, True)
             if args.write_rule is not None:
                 write_rule(args.write_rule, recipe, case["linears"], here)
-        case["cells"] = measure(recipe, *sizes, False)
+        case["cells"] = [] if args.no_map else measure(recipe, *sizes, False)
         known[name] = case
         write_results(args.out, {"benchmark": "breakeven", "cases": list(known.values())})
     return 0
