@@ -277,7 +277,9 @@ def memory(data: dict[str, Any]) -> Figure:
 
 def breakeven(data: dict[str, Any]) -> Figure:
     """Time of two layers, forward and backward, as a share of bf16's, over width and tokens; the line: break-even."""
-    cases = data["cases"]
+    cases = [case for case in data["cases"] if case["cells"]]
+    if not cases:
+        raise SystemExit("no case of breakeven.json has a map: run bench_breakeven.py without --no-map")
     figure = Figure(figsize=(1.2 + 3.6 * len(cases), 3.6), layout="constrained")
     for axes, case in zip(np.atleast_1d(figure.subplots(1, len(cases), sharey=True)), cases, strict=True):
         widths, tokens = (sorted({cell[i] for cell in case["cells"]}) for i in (0, 1))
