@@ -15,8 +15,9 @@ What a sum need not be looked at for:
                  format's own step, nothing below its normal numbers is rounded
     flushing     where what lies below the normal numbers is not rounded at least, float32 flushes it as it adds, if
                  the sums are scaled so that the format's normal numbers begin where those of float32 do
-    saturation   one step to nearest takes a sum 2 |a b| further at most, of which the largest elements of the rows
-                 give a bound; where that is below the largest sum, a loop runs that does not compare
+    saturation   the largest elements of the rows bound what some steps can add. Where the sums stay below the largest
+                 value, a loop runs that does not compare; sums that may grow by rounding alone, as stochastic ones do,
+                 are looked at every 64 steps to know where they are
 
 A random word is `counter_hash(seed, i << 32 | step)`; what depends on the output i and what depends on the step are
 hashed apart, which leaves one multiplication for each addition.
@@ -46,12 +47,13 @@ from hf_lowprec.kernels.triton.formats import (
     mode_of,
 )
 from hf_lowprec.kernels.triton.launch import on_its_device
-from hf_lowprec.kernels.triton.ptx import fma_flushed
+from hf_lowprec.kernels.triton.ptx import fma_flushed, times_plus
 from hf_lowprec.numerics.codes import random_bits
 from hf_lowprec.numerics.rounding import magic_fits
 from hf_lowprec.recipe import Accumulation, Rounding
 
 _DECODE = 32
+_BLOCK = 64  # additions after which sums that can grow are looked at
 _NO_SUBNORMAL = 3  # beside the kinds of `formats`: none that a sum could be
 
 
@@ -67,7 +69,7 @@ class Setting(NamedTuple):
 
 
 # By the way of rounding (0: float32, 1: by the FPU, 2: by dropping bits, 3: any), whether it is stochastic, whether
-# sums have chunks. Left alone, stochastic loops take 160 to 250 registers: fewer programs at a time.
+# sums have chunks. Left alone, loops may take up to 250 registers: fewer programs at a time.
 _COMMON = Setting(64, 64, 4, True, 4)
 SETTINGS = {
     (0, False, False): Setting(32, 64, 2, True, 4),
@@ -76,7 +78,7 @@ SETTINGS = {
     (2, False, False): _COMMON._replace(registers=128),
     (2, False, True): _COMMON._replace(registers=128),
     (2, True, False): _COMMON._replace(registers=128),
-    (2, True, True): _COMMON._replace(registers=160),
+    (2, True, True): _COMMON._replace(registers=128),
     (3, False, False): _COMMON,
     (3, False, True): _COMMON,
     (3, True, False): _COMMON,
@@ -127,7 +129,7 @@ def _rounded(
             if MODE == 1:
                 units += 1 << (22 - MAN)
             elif MODE == 3:
-                units += words
+                units = times_plus(words, 1 << (23 - MAN - BITS), units)
             s = (units & -(1 << (23 - MAN))).to(tl.float32, bitcast=True)
         if SUBNORMAL == 1:
             s = tl.where(tl.abs(s) < 2.0**EMIN, 0.0, s)
@@ -152,50 +154,84 @@ def _step_key(step, k0):
 
 
 @triton.jit
-def _noise(stream, step, WAY: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr):
-    """int32 of BITS random bits, for WAY 2 where they are added."""
-    return low_bits((stream ^ step) * 0x846CA68B, BITS, 23 - MAN - BITS if WAY == 2 else 0)
+def _noise(stream, step, BITS: tl.constexpr):
+    """int32 of BITS random bits."""
+    return low_bits((stream ^ step) * 0x846CA68B, BITS, 0)
+
+
+@triton.jit
+def _steps(
+    s, a_at, b_at, next_a, next_b, first, last, stream, k0, m, n, CLAMP: tl.constexpr,
+    STOCHASTIC: tl.constexpr, FLUSH: tl.constexpr, MODE: tl.constexpr,
+    WAY: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr,
+    SUBNORMAL: tl.constexpr, LARGEST: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Sums, pointers and what was loaded ahead, after the products `first` to `last` - 1."""
+    for i in tl.range(first, last, loop_unroll_factor=UNROLL):
+        if AHEAD:
+            a, b = next_a, next_b
+            a_at += m
+            b_at += n
+            next_a, next_b = tl.load(a_at), tl.load(b_at)
+        else:
+            a, b = tl.load(a_at), tl.load(b_at)
+            a_at += m
+            b_at += n
+        if FLUSH:
+            s = fma_flushed(a, b, s)
+        else:
+            s = a * b + s
+        words = _noise(stream, _step_key(i, k0), BITS) if STOCHASTIC else 0
+        s = _rounded(s, words, CLAMP, WAY, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL, LARGEST)
+    return s, a_at, b_at, next_a, next_b
 
 
 @triton.jit
 def _sums(
-    a_at, b_at, stream, k0, m, n, k, chunk, CLAMP: tl.constexpr,
-    CHUNKED: tl.constexpr, STOCHASTIC: tl.constexpr, FLUSH: tl.constexpr, MODE: tl.constexpr,
+    a_at, b_at, stream, k0, m, n, k, chunk, block, product, BOUND: tl.constexpr, LOOK: tl.constexpr,
+    SHIFT: tl.constexpr, CHUNKED: tl.constexpr, STOCHASTIC: tl.constexpr, FLUSH: tl.constexpr, MODE: tl.constexpr,
     WAY: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr,
     SUBNORMAL: tl.constexpr, LARGEST: tl.constexpr,
     OUTER_WAY: tl.constexpr, OUTER_BITS: tl.constexpr, OUTER_MAN: tl.constexpr, OUTER_EMIN: tl.constexpr,
     OUTER_MAX_CODE: tl.constexpr, OUTER_SUBNORMAL: tl.constexpr, OUTER_LARGEST: tl.constexpr,
     AHEAD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile, from the pointers to its first products. AHEAD: loads a step ahead, beyond the last."""
+    """The sums of a tile, from the pointers to its first products, none larger than `product`.
+
+    AHEAD: loads a step ahead, beyond the last.
+    """
     s = tl.zeros(stream.shape, dtype=tl.float32)
     total = tl.zeros(stream.shape, dtype=tl.float32)
+    next_a, next_b = 0.0, 0.0
     if AHEAD:
         next_a, next_b = tl.load(a_at), tl.load(b_at)
     for first in range(0, k, chunk):
         if CHUNKED:
             s = tl.zeros(stream.shape, dtype=tl.float32)
-        for i in tl.range(first, tl.minimum(first + chunk, k), loop_unroll_factor=UNROLL):
-            if AHEAD:
-                a, b = next_a, next_b
-                a_at += m
-                b_at += n
-                next_a, next_b = tl.load(a_at), tl.load(b_at)
+        end = tl.minimum(first + chunk, k)
+        for begin in range(first, end, block):
+            last = tl.minimum(begin + block, end)
+            free = False
+            if BOUND > 0:
+                reach = product * block
+                if LOOK:
+                    reach += tl.max(tl.abs(s)) * 2.0**-SHIFT
+                free = reach < BOUND
+            if free:
+                s, a_at, b_at, next_a, next_b = _steps(
+                    s, a_at, b_at, next_a, next_b, begin, last, stream, k0, m, n, False, STOCHASTIC, FLUSH, MODE,
+                    WAY, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL, LARGEST, AHEAD, UNROLL,
+                )  # fmt: skip
             else:
-                a, b = tl.load(a_at), tl.load(b_at)
-                a_at += m
-                b_at += n
-            if FLUSH:
-                s = fma_flushed(a, b, s)
-            else:
-                s = a * b + s
-            words = _noise(stream, _step_key(i, k0), WAY, BITS, MAN) if STOCHASTIC else 0
-            s = _rounded(s, words, CLAMP, WAY, MODE, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL, LARGEST)
+                s, a_at, b_at, next_a, next_b = _steps(
+                    s, a_at, b_at, next_a, next_b, begin, last, stream, k0, m, n, True, STOCHASTIC, FLUSH, MODE,
+                    WAY, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL, LARGEST, AHEAD, UNROLL,
+                )  # fmt: skip
         if CHUNKED:
             total += s
             words = 0
             if STOCHASTIC and OUTER_WAY > 0:
-                words = _noise(stream, _step_key(first // chunk, k0 ^ 0x80000000), OUTER_WAY, OUTER_BITS, OUTER_MAN)
+                words = _noise(stream, _step_key(first // chunk, k0 ^ 0x80000000), OUTER_BITS)
             total = _rounded(total, words, True, OUTER_WAY, MODE, OUTER_BITS, OUTER_MAN, OUTER_EMIN, OUTER_MAX_CODE,
                              OUTER_SUBNORMAL, OUTER_LARGEST)  # fmt: skip
     return total if CHUNKED else s
@@ -203,7 +239,8 @@ def _sums(
 
 @triton.jit
 def _sums_kernel(
-    a_ptr, b_ptr, out_ptr, a_top_ptr, b_top_ptr, seed_ptr, m, n, k, chunk, SHIFT: tl.constexpr, BOUND: tl.constexpr,
+    a_ptr, b_ptr, out_ptr, a_top_ptr, b_top_ptr, seed_ptr, m, n, k, chunk, block,
+    SHIFT: tl.constexpr, BOUND: tl.constexpr, LOOK: tl.constexpr,
     CHUNKED: tl.constexpr, STOCHASTIC: tl.constexpr, FLUSH: tl.constexpr, MODE: tl.constexpr,
     WAY: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr,
     SUBNORMAL: tl.constexpr, LARGEST: tl.constexpr,
@@ -211,7 +248,10 @@ def _sums_kernel(
     OUTER_MAX_CODE: tl.constexpr, OUTER_SUBNORMAL: tl.constexpr, OUTER_LARGEST: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """a [k, m] times 2^SHIFT, b [k, n] -> out [m, n]. BOUND: of k products, below which nothing saturates."""
+    """a [k, m] times 2^SHIFT, b [k, n] -> out [m, n].
+
+    BOUND: of `block` products, and with LOOK the sums before them, below which nothing saturates; 0: none is known.
+    """
     across = tl.cdiv(n, TILE_N)
     row = tl.program_id(0) // across * TILE_M + tl.arange(0, TILE_M)[:, None]
     col = tl.program_id(0) % across * TILE_N + tl.arange(0, TILE_N)[None, :]
@@ -222,25 +262,15 @@ def _sums_kernel(
     stream, k0 = tl.zeros([TILE_M, TILE_N], dtype=tl.uint32), 0
     if STOCHASTIC:
         k0, k1 = keys_of(tl.load(seed_ptr))
-        stream = _stream_key((row.to(tl.int64) * n + col).to(tl.uint32), k1)
-    free = False
-    if BOUND > 0:
-        a_largest = tl.max(tl.max(a_top, 1), 0).to(tl.float32, bitcast=True)
-        b_largest = tl.max(tl.max(b_top, 1), 0).to(tl.float32, bitcast=True)
-        free = a_largest * b_largest * k.to(tl.float32) < BOUND
-    out = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
-    if free:
-        out = _sums(
-            a_at, b_at, stream, k0, m, n, k, chunk, False, CHUNKED, STOCHASTIC, FLUSH, MODE, WAY, BITS, MAN, EMIN,
-            MAX_CODE, SUBNORMAL, LARGEST, OUTER_WAY, OUTER_BITS, OUTER_MAN, OUTER_EMIN, OUTER_MAX_CODE,
-            OUTER_SUBNORMAL, OUTER_LARGEST, AHEAD, UNROLL,
-        )  # fmt: skip
-    else:
-        out = _sums(
-            a_at, b_at, stream, k0, m, n, k, chunk, True, CHUNKED, STOCHASTIC, FLUSH, MODE, WAY, BITS, MAN, EMIN,
-            MAX_CODE, SUBNORMAL, LARGEST, OUTER_WAY, OUTER_BITS, OUTER_MAN, OUTER_EMIN, OUTER_MAX_CODE,
-            OUTER_SUBNORMAL, OUTER_LARGEST, AHEAD, UNROLL,
-        )  # fmt: skip
+        # Not the int64 below, which would be kept through the loop: 64 registers.
+        stream = _stream_key((row * n + col).to(tl.uint32, bitcast=True), k1)
+    a_largest = tl.max(tl.max(a_top, 1), 0).to(tl.float32, bitcast=True)
+    b_largest = tl.max(tl.max(b_top, 1), 0).to(tl.float32, bitcast=True)
+    out = _sums(
+        a_at, b_at, stream, k0, m, n, k, chunk, block, a_largest * b_largest, BOUND, LOOK, SHIFT, CHUNKED, STOCHASTIC,
+        FLUSH, MODE, WAY, BITS, MAN, EMIN, MAX_CODE, SUBNORMAL, LARGEST, OUTER_WAY, OUTER_BITS, OUTER_MAN, OUTER_EMIN,
+        OUTER_MAX_CODE, OUTER_SUBNORMAL, OUTER_LARGEST, AHEAD, UNROLL,
+    )  # fmt: skip
     out = out * 2.0**-SHIFT + 0.0  # -0 becomes 0
     inside = (row < m) & (col < n)
     bad = (a_top >= 0x7F800000) | (b_top >= 0x7F800000)
@@ -277,11 +307,12 @@ def accumulate(
         return out.zero_()
     a_values, a_top = _decode(a, a_format, constants["SHIFT"])
     b_values, b_top = _decode(b, b_format, 0)
-    chunk = k if accumulation is None or accumulation.chunk is None else accumulation.chunk
+    chunk = k if accumulation is None or accumulation.chunk is None else min(accumulation.chunk, k)
+    block = _BLOCK if constants["LOOK"] else chunk
     use = setting or SETTINGS[constants["WAY"], constants["STOCHASTIC"], constants["CHUNKED"]]
     grid = (triton.cdiv(m, use.rows) * triton.cdiv(n, use.cols),)
     _sums_kernel[grid](
-        a_values, b_values, out, a_top, b_top, a_top if seed is None else seed, m, n, k, chunk,
+        a_values, b_values, out, a_top, b_top, a_top if seed is None else seed, m, n, k, chunk, block,
         **constants, TILE_M=use.rows, TILE_N=use.cols, AHEAD=use.ahead, UNROLL=use.unroll, num_warps=use.warps,
         maxnreg=use.registers,
     )  # fmt: skip
@@ -334,11 +365,15 @@ def _constants(a_format: str, b_format: str, accumulation: Accumulation | None) 
             shift = -126 - inside.EMIN
             inside = inside.scaled(shift)._replace(SUBNORMAL=_NO_SUBNORMAL)
             outside = outside.scaled(shift)
-    # One step takes a sum |ab| further, and rounding, to one of its two neighbours, no further than that again. Not if
-    # it is stochastic: a sum may then grow by its last place for any ab.
-    bound = 0.0
-    if inside.WAY in (1, 2) and rounding.mode != "stochastic" and inner is not None:
-        bound = inner.max / 4
+    # To nearest a product moves a sum by 2 |ab|: the sum before it is a value, no further from it than the one chosen.
+    # Stochastic, one goes up by its last place, 2^-man of itself at most: |s| <= (|s0| + sum |ab|) (1 + 2^-man)^steps.
+    # What is below the largest value is rounded to no more than that. Half is left for the roundings of the test.
+    bound, look, growth = 0.0, False, 2.0
+    if accumulation is not None and inner is not None and inside.WAY in (1, 2):
+        if rounding.mode == "stochastic":
+            look = accumulation.chunk is None or accumulation.chunk > _BLOCK
+            growth = (1 + 2.0**-inner.man) ** (_BLOCK if look else accumulation.chunk or 0)
+        bound = inner.max / (2 * growth)
     return {
         "CHUNKED": chunked,
         "STOCHASTIC": rounding.mode == "stochastic",
@@ -346,6 +381,7 @@ def _constants(a_format: str, b_format: str, accumulation: Accumulation | None) 
         "SHIFT": shift,
         "FLUSH": shift != 0,
         "BOUND": bound,
+        "LOOK": look,
         **inside._asdict(),
         **{f"OUTER_{name}": value for name, value in outside._asdict().items()},
     }

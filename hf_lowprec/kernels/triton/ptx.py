@@ -135,6 +135,18 @@ def add_down(a, b):
 
 
 @triton.jit
+def times_plus(a, b, c):
+    """a b + c of int32, modulo 2^32: one instruction also where b is a power of two, of which no shift is made."""
+    if INTERPRETED:
+        out = a * b + c
+    else:
+        out = tl.inline_asm_elementwise(
+            "mad.lo.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
 def fma_flushed(a, b, c):
     """a b + c, 0 where it or an operand is no normal number; the interpreter rounds the product as well."""
     if INTERPRETED:
