@@ -106,12 +106,14 @@ def test_training_is_the_same_bit_for_bit(dtype: torch.dtype, recipe: str) -> No
 
 
 def kernels_of_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Counter[str]:
+    """Without copies and fills by the driver: a table is sent again where the allocator has moved a gradient, say."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         backward(model, 9)
         optimizer.step()
         torch.cuda.synchronize()
-    return Counter(e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    names = [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return Counter(name for name in names if not name.startswith(("Memcpy", "Memset")))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,10 +132,16 @@ def test_one_launch_in_place_of_one_per_linear(dtype: torch.dtype) -> None:
             found.append(kernels_of_a_step(model, optimizer))
     ours, theirs = found
     linears = len(layers(model))
-    assert ours["cast_weights_kernel"] == 1 and theirs["cast_weights_kernel"] == 0
-    assert theirs["_cast_transpose_kernel"] - ours["_cast_transpose_kernel"] == linears
+    more, fewer = ours - theirs, theirs - ours
+    said = "\n".join(
+        f"{sign}{count} {name}" for sign, found in (("+", more), ("-", fewer)) for name, count in found.items()
+    )
+    assert fewer == {"_cast_transpose_kernel": linears}, said
     # Beside it counters are cleared, and those of the copies used since the step before are added up.
-    assert sum(ours.values()) == sum(theirs.values()) - linears + 3, (ours - theirs, theirs - ours)
+    assert more.pop("cast_weights_kernel") == 1, said
+    assert sorted(more.values()) == [1, 1], said
+    assert sum("FillFunctor<long>" in name for name in more) == 1, said
+    assert sum("multi_tensor_apply" in name and "plus<long>" in name for name in more) == 1, said
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

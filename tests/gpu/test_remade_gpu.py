@@ -57,16 +57,20 @@ def train(model: Any, steps: int = 3, autocast: bool = False) -> list[Tensor]:
 
 def kept_and_peak(model: Any) -> tuple[int, int]:
     """Bytes that a forward pass leaves for backward, and the most that a forward and a backward take; above what was
-    there before."""
+    there before. As asked for: a block of the allocator may be up to 1 MiB larger, an eighth of a U here."""
     train(model, 2)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = requested("current")
     loss = model.model(input_ids=ids(0)).last_hidden_state.float().mean()
-    after = torch.cuda.memory_allocated()
+    after = requested("current")
     loss.backward()
     torch.cuda.synchronize()
-    return after - before, torch.cuda.max_memory_allocated() - before
+    return after - before, requested("peak") - before
+
+
+def requested(which: str) -> int:
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{which}"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -99,7 +103,8 @@ def test_from_saved_codes_all_but_downs_weight() -> None:
 
 @pytest.mark.parametrize(("recipe", "saves"), [("fp8-lm", 3.25), ("te-current", 3.25)])
 def test_memory(recipe: str, saves: float) -> None:
-    """saves: U = tokens x hidden x 2 bytes, of each layer."""
+    """saves: U = tokens x hidden x 2 bytes, of each layer: the codes of q/k/v's, o's, gate/up's and down's inputs, one
+    byte an element, 0.5 + 0.5 + 0.5 + 1.75 (`benchmarks/saved_bytes.py` counts the same by hooks)."""
     unit = TOKENS * HIDDEN * 2
     (kept, peak), (less_kept, lower_peak) = (
         kept_and_peak(model_of(r, torch.bfloat16))
@@ -107,7 +112,7 @@ def test_memory(recipe: str, saves: float) -> None:
     )
     gained = (kept - less_kept) / unit / LAYERS
     print(recipe, *(f"{b / unit:.2f} U" for b in (kept, less_kept, peak, lower_peak)))
-    assert saves - 0.2 < gained < saves + 0.05, gained  # in whole blocks of the allocator, and small vectors come in
+    assert abs(gained - saves) < 0.005, gained  # 40 KiB: scales, and a number per row
     assert lower_peak < peak
 
 
