@@ -2,10 +2,12 @@
 """Where a training step's GPU time goes: torch.profiler over one step of a bench_step case, by kind of kernel.
 
     python benchmarks/profile_step.py 8b/2x4096x1/fp8-lm@bf16 8b/2x4096x1/bf16
+    python benchmarks/profile_step.py 8b/2x4096x1/fp8-lm@bf16 --callers Memset      and who launches those
 
 Prints for every case a table of kernel groups (milliseconds, launches), the longest kernels of each, and the host's
 time beside the wall's for a step that is not profiled; with --out the same as JSON. Groups go by kernel names, in the
-order of GROUPS; what no pattern knows is "other elementwise", so the sum is the whole step.
+order of GROUPS; what no pattern knows is "other elementwise", so the sum is the whole step. With --callers it counts
+which operators of torch, inside which others, have launched the GPU's work of a name that matches.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import os
 import re
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +60,22 @@ def tally(kernels: list[tuple[str, int, float]]) -> dict[str, dict[str, Any]]:
     return dict(sorted(groups.items(), key=lambda item: -item[1]["ms"]))
 
 
-def profiled(step: Any) -> list[tuple[str, int, float]]:
-    """The GPU kernels of one step, without the ranges that torch puts over them (`Optimizer.step`)."""
+def callers(events: Iterable[Any], pattern: str) -> dict[str, int]:
+    """Operator < the one it runs in < ..., from FunctionEvents of the host: its launches whose names match."""
+    found: Counter[str] = Counter()
+    for event in events:
+        count = sum(re.search(pattern, kernel.name) is not None for kernel in event.kernels)
+        if count:
+            names, parent = [event.name], event.cpu_parent
+            while parent is not None and len(names) < 4:
+                names.append(parent.name)
+                parent = parent.cpu_parent
+            found[" < ".join(names)] += count
+    return dict(found.most_common())
+
+
+def profiled(step: Any, pattern: str | None) -> tuple[list[tuple[str, int, float]], dict[str, int]]:
+    """The GPU kernels of one step, without the ranges that torch puts over them (`Optimizer.step`); and `callers`."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -65,14 +83,19 @@ def profiled(step: Any) -> list[tuple[str, int, float]]:
         step()
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
-    return [
+    kernels = [
         (event.key, event.count, event.self_device_time_total / 1e3)
         for event in trace.key_averages()
         if event.device_type == cuda and not event.is_user_annotation and "#" not in event.key
     ]
+    if pattern is None:
+        return kernels, {}
+    found = callers((event for event in trace.events() if event.device_type != cuda), pattern)
+    launched = sum(count for name, count, _ in kernels if re.search(pattern, name))
+    return kernels, {**found, "outside of operators": launched - sum(found.values())}
 
 
-def run(case: str) -> dict[str, Any]:
+def run(case: str, pattern: str | None = None) -> dict[str, Any]:
     import torch
 
     model_name, batch, recipe = case.split("/")
@@ -106,11 +129,13 @@ def run(case: str) -> dict[str, Any]:
     host = time.perf_counter() - clock
     torch.cuda.synchronize()
     wall = time.perf_counter() - clock
-    groups = tally(profiled(step))
+    kernels, who = profiled(step, pattern)
+    groups = tally(kernels)
     return {
         "case": case, "host_ms": round(1e3 * host, 2), "wall_ms": round(1e3 * wall, 2),
         "gpu_ms": round(sum(group["ms"] for group in groups.values()), 2),
         "launches": sum(group["launches"] for group in groups.values()), "groups": groups,
+        **({"callers": {pattern: who}} if pattern is not None else {}),
     }  # fmt: skip
 
 
@@ -121,12 +146,16 @@ def show(result: dict[str, Any]) -> str:
     for name, group in result["groups"].items():
         lines.append(f"{group['ms']:9.2f} ms {group['launches']:6d}  {name}")
         lines += [f"    {ms:9.2f} {count:6d}      {kernel}" for kernel, count, ms in group["longest"]]
+    for pattern, found in result.get("callers", {}).items():
+        lines.append(f"{pattern}, launched by")
+        lines += [f"{count:6d}  {name}" for name, count in found.items()]
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", nargs="+", help="model/batch/contender, as in step_cases.py")
+    parser.add_argument("--callers", metavar="PATTERN", help="who launches GPU work of such a name")
     parser.add_argument("--out", type=Path, help="JSON to add the results to")
     args = parser.parse_args()
     SCRATCH.mkdir(parents=True, exist_ok=True)
@@ -134,8 +163,9 @@ def main() -> int:
         import subprocess
 
         more = [] if args.out is None else ["--out", str(args.out)]
+        more += [] if args.callers is None else ["--callers", args.callers]
         return max(subprocess.run([sys.executable, __file__, case, *more]).returncode for case in args.cases)
-    result = run(args.cases[0])
+    result = run(args.cases[0], args.callers)
     print(show(result), flush=True)
     if args.out is not None:
         known = {case["case"]: case for case in read_cases(args.out)}

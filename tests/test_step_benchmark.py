@@ -202,3 +202,22 @@ def test_kernels_are_grouped_by_what_they_do() -> None:
     groups = tally([(name, 2, 1.5) for name in known] + [("_amax_kernel", 1, 3.0)])
     assert next(iter(groups)) == "quantise, transpose" and groups["quantise, transpose"]["ms"] == 4.5
     assert sum(group["launches"] for group in groups.values()) == 15
+
+
+def test_who_launches_what() -> None:
+    import torch
+    from profile_step import callers
+    from torch.profiler import ProfilerActivity, profile
+
+    a = torch.ones(2, 2, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        (a @ a).sum().backward()
+    events = trace.events()
+    assert callers(events, "Memset") == {}
+    for event in events:
+        if event.name == "aten::mm":
+            event.append_kernel("nvjet_sm90_tst", 0, 1.0)
+            event.append_kernel("Memset (Device)", 0, 1.0)
+    found = callers(events, "Memset")
+    inside = "MmBackward0 < autograd::engine::evaluate_function: MmBackward0"
+    assert found == {"aten::mm < " + inside: 2, "aten::mm < aten::matmul": 1}
