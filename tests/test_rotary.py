@@ -11,6 +11,7 @@ import copy
 import functools
 import gc
 import importlib
+import inspect
 import io
 import itertools
 import subprocess
@@ -143,7 +144,7 @@ def test_opcheck(joined: bool, dtype: torch.dtype) -> None:
 
 
 def test_a_function_with_a_branch_is_left_alone() -> None:
-    assert not branches(getattr(file("llama"), NAME)) and branches(getattr(file("qwen4_exp"), NAME))
+    assert not branches(inspect.unwrap(getattr(file("llama"), NAME))) and branches(getattr(file("qwen4_exp"), NAME))
     module = types.ModuleType("transformers.made_up")
     exec(f"def {NAME}(q, k, cos, sin, unsqueeze_dim=1):\n    return (q, k) if q.is_cuda else (q, k)", vars(module))
     sys.modules[module.__name__] = module
@@ -155,7 +156,7 @@ def test_a_function_with_a_branch_is_left_alone() -> None:
 
 def test_what_the_kernels_library_makes_of_a_function() -> None:
     """A module without weights, whose forward it replaces on the instance to exchange it."""
-    original = getattr(file("llama"), NAME)
+    original = inspect.unwrap(getattr(file("llama"), NAME))  # a converted model may live
 
     def hub(function: Callable[..., Any]) -> nn.Module:
         class Func(nn.Module):
@@ -500,7 +501,7 @@ def test_what_somebody_else_puts_there_later(emulated: list[Rule], monkeypatch: 
 
 def test_a_file_that_imported_the_function_of_another(emulated: list[Rule]) -> None:
     first, module = llama(), types.ModuleType("my_modeling")
-    original = getattr(file("llama"), NAME)
+    original = inspect.unwrap(getattr(file("llama"), NAME))  # a converted model may live
     hf_lowprec.convert(first, "te-current")
     exec(f"from {LLAMA} import {NAME}", vars(module))
     sys.modules[module.__name__] = module

@@ -56,7 +56,8 @@ def test_every_call_measures_its_baseline_again(tmp_path: Path) -> None:
     from bench_step import plan
 
     def args(only: list[str], **more: Any) -> Namespace:
-        base = {"device": "cuda", "warmup": 3, "steps": 7, "micro": False, "again": False, "any_source": False}
+        base = {"device": "cuda", "warmup": 3, "steps": 7, "micro": False, "recipes": False,
+                "again": False, "any_source": False}  # fmt: skip
         return Namespace(only=only, **{**base, **more})
 
     here = {"gpu": "a", "libraries": {"torch": "1"}, "package_sha256": "x"}
