@@ -337,14 +337,15 @@ def _count(test: str) -> str:
     return f"{{ .reg .pred p, q; .reg .f32 t; {zeros} {count} }}"
 
 
-# LLVM would gather eight such bits in a word and count them there.
+# LLVM would gather eight such bits in a word and count them there. A thread has a multiple of four elements; which
+# four are counted together is the layout's affair: only the sum over a whole tile means something.
 _COUNT_LARGE = tl.constexpr(_count("setp.geu.f32 p, t, 0f5F800000;"))
 _COUNT_EXTREME = tl.constexpr(_count("setp.lt.f32 q, t, 0f7F800000; setp.ge.and.f32 p, t, 0f43D80000, q;"))
 
 
 @triton.jit
 def count_large(x):
-    """int32 whose sums over four neighbours say how many of these are 2^64 or larger in magnitude, or NaN."""
+    """int32 whose sum over a tile says how many elements are 2^64 or larger in magnitude, or NaN."""
     if INTERPRETED:
         out = 1 - (tl.abs(x) < 18446744073709551616.0).to(tl.int32)
     else:
@@ -356,7 +357,7 @@ def count_large(x):
 
 @triton.jit
 def count_extreme(x):
-    """int32 whose sums over four neighbours say how many of these are 432 or larger in magnitude, and finite."""
+    """int32 whose sum over a tile says how many elements are 432 or larger in magnitude, and finite."""
     if INTERPRETED:
         out = ((tl.abs(x) >= 432.0) & (tl.abs(x) < float("inf"))).to(tl.int32)
     else:
