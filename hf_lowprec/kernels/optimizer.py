@@ -7,8 +7,8 @@ when one did. Copies come from pinned memory and nobody waits for them. A step i
 
     amax (if the step looks at all gradients first) + prepare + one launch per kind of tensor (+ mu of the gradients)
 
-Kinds differ in dtypes and states; a tensor whose addresses are not aligned, and the last few elements of one whose
-length is no multiple of 8, are a kind of their own, that loads element by element.
+Kinds differ in dtypes and states; a tensor whose addresses are not aligned, and the last chunk of one whose length is
+no multiple of a tile, are a kind of their own, that loads element by element.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Tables:
         self._mirror.write(_GROUPS, self._groups)
 
     def _arrange(self, grads: Tensor, groups: Tensor) -> None:
-        """Chunks of every kind in a row: those that move as words, then the others. Writes everything anew."""
+        """Chunks of every kind in a row: those of whole tiles that move as words, then the others. Writes all anew."""
         if capturing(self.device):
             raise RuntimeError("gradients lie at less aligned addresses in this CUDA graph than in the step before it")
         self._groups = groups
@@ -208,12 +208,13 @@ class Tables:
         self._launches: list[_Part] = []
         begin = 0
         for kind in dict.fromkeys(self.kinds):
+            tile = config_of(kind).tile
             members = torch.tensor([i for i, other in enumerate(self.kinds) if other == kind])
             counts = self._counts[members]
             tensor = members.repeat_interleave(counts)
             number = torch.arange(len(tensor)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-            ragged = (number == self._counts[tensor] - 1) & (self._numel[tensor] % 8 != 0)
-            fast = aligned[tensor] & ~ragged & (self._starts[tensor] % config_of(kind).tile == 0)
+            ragged = (number == self._counts[tensor] - 1) & (self._numel[tensor] % tile != 0)
+            fast = aligned[tensor] & ~ragged & (self._starts[tensor] % tile == 0)
             for careful, chosen in ((0, fast), (1, ~fast)):
                 if count := int(chosen.sum()):
                     parts.append(torch.stack([tensor[chosen] * 2 + careful, number[chosen]], 1))

@@ -25,7 +25,7 @@ STATES = ("8bit", "fp32", "fp8-lm", "compact", "bf16", "fp8", "4bit")
 DTYPES = {"bf16": B, "fp32": F, "fp16": H}
 
 # Name of the case: arguments of `check`. Tensors of fewer than 4096 elements have float32 moments; 4100 is no multiple
-# of 8 or of a block; 4608 is one of 512 and of nothing more.
+# of 8 or of a block; 5120 is one of the tiles (1024), 4608 of 512 and of nothing more.
 CASES: dict[str, dict[str, Any]] = {
     **{f"AdamW {s} {name}": {"states": s, "dtypes": [dtype]} for s in STATES for name, dtype in DTYPES.items()},
     **{f"master {m}": {"states": "8bit", "master": m} for m in ("fp32", "fp16-scaled", "bf16+8", "bf16+16", None)},
@@ -58,8 +58,8 @@ CASES: dict[str, dict[str, Any]] = {
     "SGD plain fp8-lm": {"make": "SGD", "states": "fp8-lm", "lr": 0.1, "weight_decay": 0.1},
     # Gradients through the communication format, every other one.
     **{f"wired fp8-lm {name}": {"states": "fp8-lm", "wire": 1, "dtypes": [dtype]} for name, dtype in DTYPES.items()},
-    "wired, several ranks, clip": {"states": "fp8-lm", "wire": 2, "clip": 0.37, "sizes": [4608, 4100, 33, 0]},
-    "wired, one NaN": {"states": "fp8-lm", "wire": 1, "spoil": 1, "sizes": [4608, 4100, 33]},
+    "wired, several ranks, clip": {"states": "fp8-lm", "wire": 2, "clip": 0.37, "sizes": [5120, 4100, 33, 0]},
+    "wired, one NaN": {"states": "fp8-lm", "wire": 1, "spoil": 1, "sizes": [5120, 4100, 33]},
     "wired, by element": {"wire": 1, "spoil": 1, "nonfinite": "element", "dtypes": [B, F]},
     "wired, not aligned": {"wire": 1, "skew": True},
     "wired, clip that is NaN": {"states": "fp8-lm", "wire": 1, "clip": float("nan")},
@@ -140,7 +140,7 @@ def check(
     made, quantizers = [], []
     sets = []
     for _ in range(2):
-        params = parameters(sizes or [4608, 4100], dtypes or [B], strided=strided, skew=skew)
+        params = parameters(sizes or [5120, 4100], dtypes or [B], strided=strided, skew=skew)
         halves: list[Any] = [{"params": params[::2], "weight_decay": 0.0}, {"params": params[1::2], "lr": 3e-3}]
         sets.append((params, getattr(optim, make)(halves if groups else params, states=states, **options)))
         if wire:

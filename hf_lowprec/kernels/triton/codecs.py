@@ -14,9 +14,12 @@ import triton.language as tl
 from hf_lowprec.kernels.cells import dynamic_cells
 from hf_lowprec.kernels.triton.ptx import INTERPRETED as _INTERPRETED
 from hf_lowprec.kernels.triton.ptx import (
+    as_it_is,
+    inner_reciprocal,
     larger_magnitude,
     load_shared,
     quotient,
+    raised,
     reciprocal,
     shared_ready,
     shared_tables,
@@ -61,7 +64,9 @@ def tile_words(k0, k1, start, inside, ALIGNED: tl.constexpr):
         scalar ^= scalar >> 16
         late = k1 ^ mix((start >> 32).to(tl.uint32))
         late ^= late >> 15
-        h = (inside.to(tl.uint32) ^ scalar) * 0x7FEB352D
+        # Neighbours share all but the last bits, and with them one xor.
+        shared = as_it_is((inside & -8) ^ scalar.to(tl.int32, bitcast=True))
+        h = (shared ^ (inside & 7)).to(tl.uint32, bitcast=True) * 0x7FEB352D
         h = (h ^ (h >> 15) ^ late) * 0x846CA68B
     else:
         index = start + inside
@@ -88,13 +93,15 @@ def from_float(raw, FORMAT: tl.constexpr):
 
 @triton.jit
 def stochastic_codes(x, words, MAN: tl.constexpr, EMIN: tl.constexpr, MAX_CODE: tl.constexpr):
-    """`count_codes` for stochastic rounding by all the bits that are dropped, in fewer instructions."""
+    """`count_codes` for stochastic rounding by all the bits that are dropped, in fewer instructions.
+
+    Subnormals become numbers of the binade above 2^EMIN, whose units are theirs; normal numbers go a binade up, and
+    codes go on from there. Each of the two sums is the larger one where it is wanted.
+    """
     DROP: tl.constexpr = 23 - MAN
-    SMALL: tl.constexpr = 2.0 ** (23 - EMIN)
-    magnitude = tl.abs(x)
-    units = bits_of(magnitude) - ((EMIN + 126) << 23)
-    units = tl.where(magnitude < 2.0**EMIN, (magnitude * SMALL).to(tl.int32), units)
-    return tl.minimum((units + (words & ((1 << DROP) - 1))) >> DROP, MAX_CODE)
+    FIRST: tl.constexpr = (EMIN + 127) << (23 - DROP)
+    codes = (raised(x, EMIN) + (words & ((1 << DROP) - 1))).to(tl.uint32, bitcast=True) >> DROP
+    return tl.minimum(codes.to(tl.int32, bitcast=True) - FIRST, MAX_CODE)
 
 
 @triton.jit
@@ -198,7 +205,7 @@ def look_up(tables, index, FROM: tl.constexpr, TO: tl.constexpr, OFFSET: tl.cons
     if _INTERPRETED:
         out = tl.load(tables + (FROM + OFFSET) + index)
     else:
-        out = load_shared(tables + 4 * (TO + OFFSET) + 4 * index)
+        out = load_shared(tables, index, 4 * (TO + OFFSET))
     return out
 
 
@@ -247,17 +254,29 @@ def inverse(scale):
 
 
 @triton.jit
-def load_scale(base, first, tile, left, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS, 1] float32 scales of the tile's blocks. HALF: they are bfloat16."""
+def block_inverse(scale):
+    """`inverse` for scales of blocks, which lie within [2^-126, 2^126] where they are numbers."""
+    # 2^-126 might be flushed to zero on its way.
+    return tl.where(scale > 0, tl.maximum(inner_reciprocal(scale), 1.1754943508222875e-38), 0.0)
+
+
+@triton.jit
+def load_scale(base, first, tile, left, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+               WHOLE: tl.constexpr):  # fmt: skip
+    """[ROWS, 1] float32 scales of the tile's blocks. HALF: they are bfloat16. WHOLE: none lies beyond the end."""
     rows = tl.arange(0, ROWS)[:, None]
     pointer = base.to(tl.pointer_type(tl.int16 if HALF else tl.int32)) + first * ROWS
     index = tile * ROWS + rows
-    bits = tl.load(pointer + index, mask=index * BLOCK < left, other=0).to(tl.int32)
+    if WHOLE:
+        bits = tl.load(pointer + index).to(tl.int32)
+    else:
+        bits = tl.load(pointer + index, mask=index * BLOCK < left, other=0).to(tl.int32)
     return float_of(bits << 16 if HALF else bits)
 
 
 @triton.jit
-def store_scale(base, first, tile, left, scale, HALF: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr):
+def store_scale(base, first, tile, left, scale, HALF: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+                WHOLE: tl.constexpr):  # fmt: skip
     """The inverse of `load_scale`, by the first thread of each row."""
     ROWS: tl.constexpr = scale.shape[0]
     THREADS: tl.constexpr = BLOCK // EACH
@@ -266,7 +285,10 @@ def store_scale(base, first, tile, left, scale, HALF: tl.constexpr, BLOCK: tl.co
     index = tile * ROWS + tl.arange(0, ROWS)[:, None]
     bits = bits_of(scale) >> 16 if HALF else bits_of(scale)
     words = tl.broadcast_to(bits, [ROWS, THREADS])
-    store_in_place(pointer + index + column, words, (index * BLOCK < left) & (column == 0), HALF)
+    mask = tl.broadcast_to(column == 0, [ROWS, THREADS])
+    if not WHOLE:
+        mask &= index * BLOCK < left
+    store_in_place(pointer + index + column, words, mask, HALF)
 
 
 # --- moments ---------------------------------------------------------------------------------------------------------
@@ -282,24 +304,30 @@ def store_scale(base, first, tile, left, scale, HALF: tl.constexpr, BLOCK: tl.co
 # e4m3p and fp16p scale by a scalar that another kernel has prepared; `encode` gets its inverse.
 
 
+@triton.constexpr_function
+def in_bytes(CODEC):
+    return CODEC in ("dynamic8", "dynamic8u", "softsign8")
+
+
 @triton.jit
 def decode(raw, scale, tables, CODEC: tl.constexpr):
-    """float32 [ROWS, BLOCK] of `elements`; scale [ROWS, 1] or a scalar; tables: `staged`."""
+    """float32 [ROWS, BLOCK] of `elements`, of `bytes_of` where `in_bytes`; scale [ROWS, 1] or a scalar; tables:
+    `staged`."""
     if CODEC == "fp32" or CODEC == "bf16":
         return from_float(raw, CODEC)
     elif CODEC == "fp16p":
         return from_float(raw, "fp16") * scale
     elif CODEC == "dynamic8":
-        return float_of(look_up(tables, raw & 0xFF, _D8, 0, 0)) * scale
+        return float_of(look_up(tables, raw, _D8, 0, 0)) * scale
     elif CODEC == "dynamic8u":
-        return float_of(look_up(tables, raw & 0xFF, _D8U, _D8U, 0)) * scale
+        return float_of(look_up(tables, raw, _D8U, _D8U, 0)) * scale
     elif CODEC == "dynamic4":
         return float_of(look_up(tables, raw & 0xF, _D4, 0, 0)) * scale
     elif CODEC == "e3m1u":
         code = raw & 0xF
         return tl.where(code > 0, float_of((code + 248) << 22), 0.0) * scale
     elif CODEC == "softsign8":
-        return float_of(look_up(tables, raw & 0xFF, _SOFTSIGN, 0, 0)) * scale
+        return float_of(look_up(tables, raw, _SOFTSIGN, 0, 0)) * scale
     elif CODEC == "sqrt8":
         root = (raw & 0xFF).to(tl.float32) * (1 / 255) * scale
         return root * root
@@ -366,4 +394,6 @@ def encode(x, factor, words, tables, beyond, CODEC: tl.constexpr, FAST: tl.const
         code = count_codes(z, 0, 3, -6, 126, 0) if CODEC == "e4m3" else stochastic_codes(z, words, 3, -6, 126)
         if CODEC == "e4m3n":
             code = tl.maximum(code, tl.minimum(bits_of(x), 1))
+        if FAST:
+            return packed(code, "plain", 8, FAST) | (packed(bits_of(z), "tree", 8, FAST) & -0x7F7F7F80)
         return packed(code | ((bits_of(z) >> 24) & 0x80), "plain", 8, FAST)

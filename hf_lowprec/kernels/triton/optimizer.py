@@ -19,7 +19,6 @@ import triton.language as tl
 
 from hf_lowprec.kernels.triton.codecs import from_float, inverse, staged, tile_words
 from hf_lowprec.kernels.triton.columns import (
-    LARGEST_SQUARE,
     N_COLUMNS,
     N_EXTREMES,
     N_WEIGHT,
@@ -60,7 +59,7 @@ from hf_lowprec.kernels.triton.columns import (
     left_of,
     scalar_of,
 )
-from hf_lowprec.kernels.triton.ptx import not_speculated, root_and_quotient
+from hf_lowprec.kernels.triton.ptx import count_extreme, count_large, not_speculated, root_and_quotient
 from hf_lowprec.kernels.triton.tiles import (
     finite_magnitude,
     load_moment,
@@ -70,14 +69,16 @@ from hf_lowprec.kernels.triton.tiles import (
     store_weight,
     weight,
 )
-from hf_lowprec.kernels.triton.wire import at_extremes, count_extremes, through
+from hf_lowprec.kernels.triton.wire import count_extremes, through
 from hf_lowprec.kernels.triton.words import bits_of, elements, load_words
+
+_ROOT = tl.constexpr(2.0**64)  # whose square overflows
 
 
 @triton.jit
 def _square(g):
     """Whether g and its square are finite."""
-    return (bits_of(g) & 0x7FFFFFFF) < LARGEST_SQUARE
+    return tl.abs(g) < _ROOT
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def _skip(param_base, grad_base, begin, left, seen, wire, wire_inverse, PARAM: t
         BITS: tl.constexpr = 32 if PARAM == "fp32" else 16
         largest = tl.zeros([1, TILE], dtype=tl.int32)
         for tile in tl.range(0, tl.cdiv(left, TILE)):
-            words = load_words(param_base, begin, tile, left, BITS, 1, TILE, EACH, FAST)
+            words = load_words(param_base, begin, tile, left, BITS, 1, TILE, EACH, FAST, 0, FAST)
             largest = tl.maximum(largest, finite_magnitude(elements(words, BITS, FAST), PARAM, False))
         tl.atomic_max(seen + N_WEIGHT, tl.max(largest))
 
@@ -117,8 +118,6 @@ def square_kernel(
     row = table + tensor * T_COLUMNS
     scalars += tensor * S_COLUMNS
     left = left_of(row, number, CHUNK)
-    if FAST:
-        left = tl.multiple_of(left, 8)
     grad_base = tl.load(grads + tensor)
     base = tl.load(row + T_SECOND)
     scale_base = tl.load(row + T_SECOND_SCALE)
@@ -132,7 +131,7 @@ def square_kernel(
     GRAD_BITS: tl.constexpr = 32 if GRAD == "fp32" else 16
     tables = staged(tables, "none", SECOND, False)
     for tile in tl.range(0, tl.cdiv(left, TILE), num_stages=STAGES):
-        words = load_words(grad_base, begin, tile, left, GRAD_BITS, ROWS, BLOCK, EACH, FAST)
+        words = load_words(grad_base, begin, tile, left, GRAD_BITS, ROWS, BLOCK, EACH, FAST, 0, FAST)
         codes, scale = load_moment(base, scale_base, begin, tile, left, SECOND, ROWS, BLOCK, EACH, FAST)
         beyond = tile * TILE + inside >= left
         g = from_float(elements(words, GRAD_BITS, FAST), GRAD)
@@ -145,7 +144,8 @@ def square_kernel(
         v = moment(codes, scale, old_scale, tables, beyond, SECOND, FAST)
         v = v * keep + (g * gain2) * g
         ratio = tl.div_rn(g * g, tl.maximum(v, floor))
-        ratio = tl.where(beyond, 0.0, ratio)  # with eps = 0 it is 0 / 0 there
+        if not FAST:
+            ratio = tl.where(beyond, 0.0, ratio)  # with eps = 0 it is 0 / 0 there
         total += tl.sum(tl.sum(ratio.to(tl.float64), 1), 0)
     tl.store(sums + tl.load(row + T_CHUNK) + number, total)
 
@@ -162,14 +162,12 @@ def step_kernel(
     "fp32", "fp16p", "residual8" (nearest), "residual8s" (stochastic), "residual16". COUPLED: some groups' decay joins
     the gradient. ELEMENT: elements whose gradient is not finite stay as they are. WIRED: some gradients pass through
     E4M3, NATIVE: by the GPU's own casts. AMAX: the largest magnitude of the new Parameter is noted.
-    QUICK: see `root_and_quotient`.
+    QUICK: see `root_and_quotient`. FAST: elements move as words, and all tiles are whole.
     """
     tensor, _careful, number = chunk_of(chunks)
     row = table + tensor * T_COLUMNS
     scalars += tensor * S_COLUMNS
     left = left_of(row, number, CHUNK)
-    if FAST:
-        left = tl.multiple_of(left, 8)
     param_base = tl.load(row + T_PARAM)
     grad_base = tl.load(grads + tensor)
     begin = number * (CHUNK // TILE)  # the number of the first tile
@@ -217,7 +215,7 @@ def step_kernel(
     hits = first_amax
     for tile in tl.range(0, tl.cdiv(left, TILE), num_stages=STAGES):
         tile = not_speculated(tile)  # or offsets are computed in 64 bits
-        grad_words = load_words(grad_base, begin, tile, left, GRAD_BITS, ROWS, BLOCK, EACH, FAST)
+        grad_words = load_words(grad_base, begin, tile, left, GRAD_BITS, ROWS, BLOCK, EACH, FAST, 0, FAST)
         if SECOND != "none":
             second_words, second_scale = load_moment(second_base, second_scale_base, begin, tile, left, SECOND, ROWS,
                                                       BLOCK, EACH, FAST)  # fmt: skip
@@ -234,11 +232,11 @@ def step_kernel(
         if WIRED:
             if wire != 0:
                 z = g * wire_inverse
-                hits += tl.sum(tl.reshape(at_extremes(z), [ROWS, BLOCK // EACH, EACH]), 2)
+                hits += tl.sum(tl.reshape(count_extreme(z), [ROWS, BLOCK // EACH, EACH]), 2)
                 g = through(z, wire, GRAD, NATIVE, not ELEMENT)
         if ELEMENT:
             bad = _square(g) == 0
-            skips += tl.sum(tl.reshape(bad.to(tl.int32), [ROWS, BLOCK // EACH, EACH]), 2)
+            skips += tl.sum(tl.reshape(count_large(g), [ROWS, BLOCK // EACH, EACH]), 2)
         g = g * gain
         if COUPLED:
             w = weight(param_words, master_words, master_old, PARAM, MASTER, FAST)
@@ -266,6 +264,8 @@ def step_kernel(
             old_m = m
             change = (g - m) * gain1
             m = m + change
+            if ELEMENT:
+                m = tl.where(bad, old_m, m)
             root, change = root_and_quotient(m * rate, v, correction, eps, QUICK)
             w = w * shrink
             w = w - change
@@ -289,7 +289,7 @@ def step_kernel(
             w = w - g * rate
         if ELEMENT:
             w = tl.where(bad, old_w, w)
-            if FIRST != "none":
+            if FIRST != "none" and SECOND == "none":
                 m = tl.where(bad, old_m, m)
         words = 0
         if STOCHASTIC or MASTER == "fp16p" or MASTER == "residual8s":
@@ -304,10 +304,7 @@ def step_kernel(
             magnitude = bits_of(w) & 0x7FFFFFFF
             if not FAST:
                 magnitude = tl.where(beyond, 0, magnitude)
-            magnitude = _thread_max(magnitude, EACH)
-            if FAST:  # the end does not divide what a thread holds side by side
-                magnitude = tl.where(_thread_max(beyond.to(tl.int32), EACH) > 0, 0, magnitude)
-            master_amax = tl.maximum(master_amax, magnitude)
+            master_amax = tl.maximum(master_amax, _thread_max(magnitude, EACH))
         if FIRST != "none":
             words = 0
             if FIRST == "bf16" or FIRST == "e4m3p":

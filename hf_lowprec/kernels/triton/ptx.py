@@ -121,6 +121,20 @@ def reciprocal(x):
 
 
 @triton.jit
+def inner_reciprocal(x):
+    """1 / x rounded to nearest for x in [2^-126, 2^126], without a look at the range; NaN of NaN."""
+    if INTERPRETED:
+        out = tl.div_rn(1.0, x)
+    else:
+        out = tl.inline_asm_elementwise(
+            "{ .reg .f32 r, s, t; rcp.approx.ftz.f32 r, $1; neg.f32 s, $1; fma.rn.f32 t, s, r, 0f3F800000; "
+            "fma.rn.f32 $0, r, t, r; }",
+            "=&f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
 def add_down(a, b):
     """a + b rounded toward zero, for 0 <= a <= b and for b = 0."""
     if INTERPRETED:
@@ -131,6 +145,27 @@ def add_down(a, b):
         out = tl.inline_asm_elementwise(
             "add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
         )
+    return out
+
+
+@triton.constexpr_function
+def _raised_text(EMIN):
+    least = f"0f{(EMIN + 127) << 23:08X}"
+    return (
+        f"{{ .reg .f32 s, t; abs.f32 s, $1; add.rz.f32 t, s, {least}; add.rn.f32 s, s, s; max.f32 s, s, t; "
+        "mov.b32 $0, s; }"
+    )
+
+
+@triton.jit
+def raised(x, EMIN: tl.constexpr):
+    """Bits of the larger of 2 |x| and |x| + 2^EMIN, the latter rounded toward zero; of a NaN for NaN."""
+    if INTERPRETED:
+        a = tl.abs(x)
+        double = (a + a).to(tl.int32, bitcast=True)
+        out = tl.where(a < 2.0**EMIN, add_down(a, 2.0**EMIN).to(tl.int32, bitcast=True), double)
+    else:
+        out = tl.inline_asm_elementwise(_raised_text(EMIN), "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
     return out
 
 
@@ -221,6 +256,22 @@ def high_halves(even, odd):
     return out
 
 
+_BYTES = tl.constexpr(" ".join(f"prmt.b32 ${i}, $4, 0, 0x444{i};" for i in range(4)))
+
+
+@triton.jit
+def four_bytes(words):
+    """The four bytes of int32 words, the lowest first, as int32."""
+    if INTERPRETED:
+        a, b, c, d = words & 0xFF, (words >> 8) & 0xFF, (words >> 16) & 0xFF, (words >> 24) & 0xFF
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _BYTES, "=&r,=&r,=&r,=r,r", [words],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return a, b, c, d
+
+
 @triton.constexpr_function
 def _high_text(BITS, SPARE):
     """PTX that joins the highest BITS of two or four int32, and shifts each of these down by SPARE - 32 + BITS."""
@@ -280,6 +331,52 @@ def through_e4m3(x):
     )  # fmt: skip
 
 
+def _count(test: str) -> str:
+    zeros = " ".join(f"mov.u32 ${i}, 0;" for i in range(4))
+    count = " ".join(f"abs.f32 t, ${i}; {test} @p add.s32 $0, $0, 1;" for i in (4, 5, 6, 7))
+    return f"{{ .reg .pred p, q; .reg .f32 t; {zeros} {count} }}"
+
+
+# LLVM would gather eight such bits in a word and count them there. A thread has a multiple of four elements; which
+# four are counted together is the layout's affair: only the sum over a whole tile means something.
+_COUNT_LARGE = tl.constexpr(_count("setp.geu.f32 p, t, 0f5F800000;"))
+_COUNT_EXTREME = tl.constexpr(_count("setp.lt.f32 q, t, 0f7F800000; setp.ge.and.f32 p, t, 0f43D80000, q;"))
+
+
+@triton.jit
+def count_large(x):
+    """int32 whose sum over a tile says how many elements are 2^64 or larger in magnitude, or NaN."""
+    if INTERPRETED:
+        out = 1 - (tl.abs(x) < 18446744073709551616.0).to(tl.int32)
+    else:
+        out = tl.inline_asm_elementwise(
+            _COUNT_LARGE, "=&r,=&r,=&r,=&r,f,f,f,f", [x], dtype=tl.int32, is_pure=True, pack=4
+        )
+    return out
+
+
+@triton.jit
+def count_extreme(x):
+    """int32 whose sum over a tile says how many elements are 432 or larger in magnitude, and finite."""
+    if INTERPRETED:
+        out = ((tl.abs(x) >= 432.0) & (tl.abs(x) < float("inf"))).to(tl.int32)
+    else:
+        out = tl.inline_asm_elementwise(
+            _COUNT_EXTREME, "=&r,=&r,=&r,=&r,f,f,f,f", [x], dtype=tl.int32, is_pure=True, pack=4
+        )
+    return out
+
+
+@triton.jit
+def nearest_bf16(x):
+    """float32 x rounded to bfloat16 by `cvt.rn`, two at a time, in float32; needs sm_80."""
+    bits = tl.inline_asm_elementwise(
+        "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+        "=&r,=r,r,r", [x.to(tl.int32, bitcast=True)], dtype=tl.int32, is_pure=True, pack=2,
+    )  # fmt: skip
+    return bits.to(tl.float32, bitcast=True)
+
+
 _STORE_16, _STORE_32 = (
     tl.constexpr(f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b{bits} [$1], $2; mov.u32 $0, 0; }}")
     for bits in (16, 32)
@@ -306,6 +403,16 @@ def not_speculated(words):
         out = words
     else:
         out = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+    return out
+
+
+@triton.jit
+def as_it_is(words):
+    """The same words, of which the compiler knows nothing: it keeps to the order in which xors are written."""
+    if INTERPRETED:
+        out = words
+    else:
+        out = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
     return out
 
 
@@ -341,9 +448,15 @@ def shared_ready(address):
     return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.constexpr_function
+def _load_text(OFFSET):
+    return f"{{ .reg .b32 t; mad.lo.u32 t, $2, 4, $1; ld.shared.b32 $0, [t+{OFFSET}]; }}"
+
+
 @triton.jit
-def load_shared(address):
-    """32-bit words at addresses in shared memory, which nobody writes any more."""
+def load_shared(address, index, OFFSET: tl.constexpr):
+    """32-bit words number index, counted from address + OFFSET in shared memory, which nobody writes any more. The
+    load itself multiplies by 4: LLVM would join the factor with a shift of the index and need a mask."""
     return tl.inline_asm_elementwise(
-        "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=tl.int32, is_pure=True, pack=1
+        _load_text(OFFSET), "=r,r,r", [address, index], dtype=tl.int32, is_pure=True, pack=1
     )

@@ -9,17 +9,18 @@ import triton
 import triton.language as tl
 
 from hf_lowprec.kernels.triton.codecs import (
+    block_inverse,
     decode,
     encode,
     enlarged,
     from_float,
-    inverse,
+    in_bytes,
     load_scale,
     new_scale,
     store_scale,
     to_float,
 )
-from hf_lowprec.kernels.triton.words import bits_of, elements, float_of, load_words, packed, store_words
+from hf_lowprec.kernels.triton.words import bits_of, bytes_of, elements, float_of, load_words, packed, store_words
 
 
 @triton.jit
@@ -30,12 +31,12 @@ def load_moment(base, scale_base, first, tile, left, CODEC: tl.constexpr, ROWS: 
     BITS: tl.constexpr = 4 if CODEC == "dynamic4" or CODEC == "e3m1u" else WIDE
     # The code of 0 in the signed dynamic trees: what lies beyond the end must not count in its block.
     ZERO: tl.constexpr = 127 if CODEC == "dynamic8" else 7 if CODEC == "dynamic4" else 0
-    words = load_words(base, first, tile, left, BITS, ROWS, BLOCK, EACH, FAST, ZERO)
+    words = load_words(base, first, tile, left, BITS, ROWS, BLOCK, EACH, FAST, ZERO, FAST)
     if CODEC == "fp32" or CODEC == "bf16" or CODEC == "e4m3p" or CODEC == "fp16p":
         scale = 1.0
     else:
         HALF: tl.constexpr = CODEC == "softsign8" or CODEC == "sqrt8"
-        scale = load_scale(scale_base, first, tile, left, HALF, ROWS, BLOCK)
+        scale = load_scale(scale_base, first, tile, left, HALF, ROWS, BLOCK, FAST)
     return words, scale
 
 
@@ -44,7 +45,7 @@ def moment(words, scale, old_scale, tables, beyond, CODEC: tl.constexpr, FAST: t
     """float32 [ROWS, BLOCK]; old_scale: the predicted one; beyond: which elements lie beyond the end."""
     WIDE: tl.constexpr = 32 if CODEC == "fp32" else 16 if CODEC == "bf16" or CODEC == "fp16p" else 8
     BITS: tl.constexpr = 4 if CODEC == "dynamic4" or CODEC == "e3m1u" else WIDE
-    raw = elements(words, BITS, FAST)
+    raw = bytes_of(words, FAST) if in_bytes(CODEC) else elements(words, BITS, FAST)
     if CODEC == "e4m3p" or CODEC == "fp16p":
         scale = old_scale
     x = decode(raw, scale, tables, CODEC)
@@ -61,11 +62,11 @@ def store_moment(base, scale_base, factor, tables, first, tile, left, x, words, 
     BITS: tl.constexpr = 4 if CODEC == "dynamic4" or CODEC == "e3m1u" else WIDE
     if CODEC != "fp32" and CODEC != "bf16" and CODEC != "e4m3p" and CODEC != "fp16p":
         scale = new_scale(x, CODEC, EACH)
-        factor = inverse(scale)
+        factor = block_inverse(scale)
         HALF: tl.constexpr = CODEC == "softsign8" or CODEC == "sqrt8"
-        store_scale(scale_base, first, tile, left, scale, HALF, x.shape[1], EACH)
+        store_scale(scale_base, first, tile, left, scale, HALF, x.shape[1], EACH, FAST)
     raw = encode(x, factor, words, tables, beyond, CODEC, FAST)
-    store_words(base, first, tile, left, raw, BITS, x.shape[0], x.shape[1], EACH, FAST)
+    store_words(base, first, tile, left, raw, BITS, x.shape[0], x.shape[1], EACH, FAST, FAST)
 
 
 @triton.jit
@@ -96,11 +97,12 @@ def _split(x, words, BITS: tl.constexpr, STOCHASTIC: tl.constexpr):
 def load_weight(param_base, master_base, first, tile, left, PARAM: tl.constexpr, MASTER: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """(words of the Parameter, of its master or residual), for `weight`."""
-    param = load_words(param_base, first, tile, left, 32 if PARAM == "fp32" else 16, ROWS, BLOCK, EACH, FAST)
+    WIDE: tl.constexpr = 32 if PARAM == "fp32" else 16
+    param = load_words(param_base, first, tile, left, WIDE, ROWS, BLOCK, EACH, FAST, 0, FAST)
     master = param
     if MASTER != "none":
-        HALF: tl.constexpr = 16 if MASTER == "fp16p" or MASTER == "residual16" else 8
-        master = load_words(master_base, first, tile, left, 32 if MASTER == "fp32" else HALF, ROWS, BLOCK, EACH, FAST)
+        BITS: tl.constexpr = 32 if MASTER == "fp32" else 16 if MASTER == "fp16p" or MASTER == "residual16" else 8
+        master = load_words(master_base, first, tile, left, BITS, ROWS, BLOCK, EACH, FAST, 0, FAST)
     return param, master
 
 
@@ -116,8 +118,9 @@ def weight(param_words, master_words, old_scale, PARAM: tl.constexpr, MASTER: tl
         low = (elements(master_words, WIDTH, FAST) << (32 - WIDTH)) >> 16
         high = raw << 16
         magnitude = high & 0x7FFF0000
-        edited = ((magnitude == 0) & (low < 0)) | (magnitude >= 0x7F800000)  # to 0, Inf or NaN: `residual.join`
-        return float_of(high + tl.where(edited, 0, low))
+        low = tl.where(magnitude >= 0x7F800000, 0, low)  # edited to Inf or NaN: `residual.join`
+        # Below 0 only where it was edited to 0.
+        return float_of(tl.maximum(magnitude + low, 0) | (high & -0x80000000))
     else:
         raw = elements(master_words, 32 if MASTER == "fp32" else 16, FAST)
         master = from_float(raw, "fp32") if MASTER == "fp32" else from_float(raw, "fp16") * old_scale
@@ -144,16 +147,17 @@ def store_weight(param_base, master_base, factor, new_scale, first, tile, left, 
             low = packed(raw << 16, "tree", 8, FAST) ^ (-0x7F7F7F80 if FAST else 0x80)
         else:
             low = packed(raw, "plain", 16, FAST) ^ (-0x7FFF8000 if FAST else 0x8000)
-        store_words(master_base, first, tile, left, low, WIDTH, ROWS, BLOCK, EACH, FAST)
+        store_words(master_base, first, tile, left, low, WIDTH, ROWS, BLOCK, EACH, FAST, FAST)
     elif MASTER == "fp32":
-        store_words(master_base, first, tile, left, bits_of(w), 32, ROWS, BLOCK, EACH, FAST)
+        store_words(master_base, first, tile, left, bits_of(w), 32, ROWS, BLOCK, EACH, FAST, FAST)
         raw = _cast(w, PARAM)
     else:
         tl.static_assert(MASTER == "fp16p")
         code = to_float(w * factor, words, "fp16", True)
-        store_words(master_base, first, tile, left, packed(code, "plain", 16, FAST), 16, ROWS, BLOCK, EACH, FAST)
+        halves = packed(code, "plain", 16, FAST)
+        store_words(master_base, first, tile, left, halves, 16, ROWS, BLOCK, EACH, FAST, FAST)
         raw = _cast(from_float(code, "fp16") * new_scale, PARAM)
-    store_words(param_base, first, tile, left, packed(raw, SHAPE, WIDE, FAST), WIDE, ROWS, BLOCK, EACH, FAST)
+    store_words(param_base, first, tile, left, packed(raw, SHAPE, WIDE, FAST), WIDE, ROWS, BLOCK, EACH, FAST, FAST)
     return raw
 
 

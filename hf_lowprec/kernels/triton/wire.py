@@ -31,7 +31,7 @@ from hf_lowprec.kernels.triton.columns import (
     chunk_of,
     left_of,
 )
-from hf_lowprec.kernels.triton.ptx import through_e4m3
+from hf_lowprec.kernels.triton.ptx import nearest_bf16, through_e4m3
 from hf_lowprec.kernels.triton.quantize import code_values, count_codes
 from hf_lowprec.kernels.triton.words import bits_of, elements, float_of, load_words, packed, store_words
 
@@ -94,6 +94,8 @@ def through(z, scale, FORMAT: tl.constexpr, NATIVE: tl.constexpr, FINITE: tl.con
     value = _coded(z, NATIVE) * scale
     if not FINITE:
         value = tl.fma(z, 0.0, value)
+    if NATIVE and FORMAT == "bf16":
+        return nearest_bf16(value)
     return rounded(value, FORMAT)
 
 
@@ -121,11 +123,11 @@ def amax_through(row, seen, inside):
 @triton.jit
 def count_extremes(base, begin, left, inverse, GRAD: tl.constexpr, FAST: tl.constexpr, EACH: tl.constexpr,
                    TILE: tl.constexpr):  # fmt: skip
-    """How many codes of a chunk's gradient are the format's largest, and nothing else."""
+    """How many codes of a chunk's gradient are the format's largest, and nothing else. FAST: tiles are whole."""
     BITS: tl.constexpr = 32 if GRAD == "fp32" else 16
     hits = tl.zeros([1, TILE], dtype=tl.int32)
     for tile in tl.range(0, tl.cdiv(left, TILE)):
-        words = load_words(base, begin, tile, left, BITS, 1, TILE, EACH, FAST)
+        words = load_words(base, begin, tile, left, BITS, 1, TILE, EACH, FAST, 0, FAST)
         hits += at_extremes(from_float(elements(words, BITS, FAST), GRAD) * inverse)
     return tl.sum(hits)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_lowprec.kernels.triton.ptx import high_halves, low_halves, saturated_bytes, sign_bytes, top_bytes
+from hf_lowprec.kernels.triton.ptx import four_bytes, high_halves, low_halves, saturated_bytes, sign_bytes, top_bytes
 
 
 @triton.jit
@@ -41,9 +41,22 @@ def elements(words, BITS: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def bytes_of(words, FAST: tl.constexpr):
+    """`elements` of 8 bits without rubbish, in [0, 255]."""
+    if FAST:
+        a, b, c, d = four_bytes(words)
+        out = tl.join(tl.join(a, c), tl.join(b, d))
+        return tl.reshape(out, [words.shape[0], words.shape[1] * 4])
+    else:
+        return words & 0xFF
+
+
+@triton.jit
 def load_words(base, first, tile, left, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-               EACH: tl.constexpr, FAST: tl.constexpr, OTHER: tl.constexpr = 0):  # fmt: skip
-    """A tile of the array at address `base`, for `elements`, and OTHER from element `left` on.
+               EACH: tl.constexpr, FAST: tl.constexpr, OTHER: tl.constexpr = 0,
+               WHOLE: tl.constexpr = False):  # fmt: skip
+    """A tile of the array at address `base`, for `elements`, and OTHER from element `left` on. WHOLE: all of it is
+    there, which needs FAST and saves the masks.
 
     first: number of this program's first tile in the tensor; tile: that of this one, counted from there.
     EACH: elements that a thread holds side by side. An odd end of 4-bit elements is what lies there.
@@ -56,12 +69,15 @@ def load_words(base, first, tile, left, BITS: tl.constexpr, ROWS: tl.constexpr, 
             pointer = tl.multiple_of(pointer, EACH * BITS // 8)
         pointer += first * (ROWS * COUNT)
         index = tile * (ROWS * COUNT) + tl.arange(0, ROWS)[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
-        count = (left * BITS + PACK - 1) // PACK
-        if FAST:
-            count = tl.multiple_of(count, 8 * BITS // 32)
-        REST: tl.constexpr = OTHER * 0x11 if BITS == 4 else OTHER
-        FILL: tl.constexpr = REST * 0x01010101 if PACK == 32 and BITS <= 8 else REST
-        words = tl.load(pointer + index, mask=index < count, other=FILL).to(tl.int32)
+        if FAST and WHOLE:
+            words = tl.load(pointer + index)
+        else:
+            count = (left * BITS + PACK - 1) // PACK
+            if FAST:
+                count = tl.multiple_of(count, 8 * BITS // 32)
+            REST: tl.constexpr = OTHER * 0x11 if BITS == 4 else OTHER
+            FILL: tl.constexpr = REST * 0x01010101 if PACK == 32 and BITS <= 8 else REST
+            words = tl.load(pointer + index, mask=index < count, other=FILL).to(tl.int32)
     else:
         pointer = base.to(tl.pointer_type(tl.uint8 if BITS == 8 else tl.int16)) + first * (ROWS * BLOCK)
         index = tile * (ROWS * BLOCK) + tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -147,7 +163,7 @@ def packed_tree(distance, x, beyond, ZERO: tl.constexpr, BITS: tl.constexpr, FAS
 
 @triton.jit
 def store_words(base, first, tile, left, words, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                EACH: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+                EACH: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr = False):  # fmt: skip
     """The inverse of `load_words`, for what `packed` gave."""
     if FAST or BITS == 32 or BITS == 4:
         PACK: tl.constexpr = 8 if BITS == 4 and not FAST else 32
@@ -157,10 +173,13 @@ def store_words(base, first, tile, left, words, BITS: tl.constexpr, ROWS: tl.con
             pointer = tl.multiple_of(pointer, EACH * BITS // 8)
         pointer += first * (ROWS * COUNT)
         index = tile * (ROWS * COUNT) + tl.arange(0, ROWS)[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
-        count = (left * BITS + PACK - 1) // PACK
-        if FAST:
-            count = tl.multiple_of(count, 8 * BITS // 32)
-        tl.store(pointer + index, words.to(pointer.dtype.element_ty), mask=index < count)
+        if FAST and WHOLE:
+            tl.store(pointer + index, words)
+        else:
+            count = (left * BITS + PACK - 1) // PACK
+            if FAST:
+                count = tl.multiple_of(count, 8 * BITS // 32)
+            tl.store(pointer + index, words.to(pointer.dtype.element_ty), mask=index < count)
     else:
         pointer = base.to(tl.pointer_type(tl.uint8 if BITS == 8 else tl.int16)) + first * (ROWS * BLOCK)
         index = tile * (ROWS * BLOCK) + tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
