@@ -355,14 +355,14 @@ def test_a_class_whose_forward_was_replaced_since(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("recipe", ["fp8-lm", "te-current"])
-def test_opcheck(recipe: str, packed: bool) -> None:
+@pytest.mark.parametrize(("recipe", "kept_as"), [("fp8-lm", E4M3), ("te-current", E4M3), ("te-current", TILES)])
+def test_opcheck(recipe: str, kept_as: Quant, packed: bool) -> None:
     quant = PRESETS[recipe].fprop.input
     gate, up = batch(2, 5, 12).chunk(2, -1) if packed else (batch(2, 5, 6), batch(2, 5, 6, seed=1))
     delayed = quant.scaling.method == "delayed"
     scale, amax = (torch.tensor(0.5), torch.tensor(0.0)) if delayed else (None, None)
     counts = torch.zeros(4, dtype=torch.int64)
-    key, saved = ops.quant_key(quant), ops.quant_key(E4M3)
+    key, saved = ops.quant_key(quant), ops.quant_key(kept_as)
     for gated in (up, None):
         args = (gate, gated, "silu", True, key, scale, amax, counts, None, False, saved)
         torch.library.opcheck(torch.ops.hf_lowprec.glu.default, args, test_utils=("test_schema", "test_faketensor"))
