@@ -76,7 +76,7 @@ def glu(
     kept = None if saved is None else _kept_policy(saved)
     if (hidden is None) != (quant is None) or (kept is None) != (saved is None):
         count("glu in several passes")
-        return _in_passes(gate, up, act, write, quant, scale, amax, counts, seed, ready, saved)
+        return _in_passes(gate, up, act, write, quant, scale, amax, counts, seed, ready, saved, kept)
     count("fused glu")
     codes = None
     if hidden is not None:
@@ -100,13 +100,16 @@ def _in_passes(
     seed: Tensor | None,
     ready: bool,
     saved: str | None,
+    kept: Policy | None,
 ) -> list[Tensor]:
-    """For policies that the fused kernel does not know: h by the kernel, its casts and those for backward after it."""
-    (h,) = forward(gate, up, act, write=True, hidden=None, kept=None)
+    """For policies that the fused kernel does not know: h by the kernel, and gate and up if it knows theirs; the other
+    casts after it."""
+    h, *codes = forward(gate, up, act, write=True, hidden=None, kept=kept)
     out = [h] if write else []
     if quant is not None:
         out += quantize(h.view(-1, h.shape[-1]), quant, scale, False, amax, counts, seed, ready)
-    if saved is not None:
+    out += codes
+    if saved is not None and kept is None:
         for tensor in (gate, up):
             if tensor is not None:
                 qdata, used = quantize(as_matrix(tensor), saved, None, False, None, None, None)
