@@ -149,9 +149,11 @@ def rotary(rows: int, columns: int, device: str) -> Iterator[Case]:
 def glu(rows: int, columns: int, device: str) -> Iterator[Case]:
     import torch
 
+    from hf_lowprec import PRESETS, ops
     from hf_lowprec.ops import glu as ops_glu
 
     delayed, current, _ = _keys()
+    tiles = ops.quant_key(PRESETS["fp8-lm"].saved)
     n = rows * columns
 
     def halves() -> tuple[Any, Any]:
@@ -184,9 +186,13 @@ def glu(rows: int, columns: int, device: str) -> Iterator[Case]:
     yield forward("forward + quantise", 5, write=False, quant=delayed)
     yield forward("forward + quantise, current", 9, write=False, quant=current)
     yield forward("forward + quantise, inputs saved in E4M3", 11, write=False, quant=delayed, saved=current)
+    yield forward("forward + quantise, inputs saved in E4M3 tiles", 7, write=False, quant=delayed, saved=tiles)
+    yield forward("forward written + quantised, inputs saved in E4M3", 13, quant=delayed, saved=current)
+    yield forward("forward written + quantised, inputs saved in E4M3 tiles", 9, quant=delayed, saved=tiles)
     yield forward("forward + quantise, GELU (tanh)", 5, act="gelu_tanh", write=False, quant=delayed)
     yield backward("backward", 10)
     yield backward("backward, inputs saved in E4M3", 8, saved=current)
+    yield backward("backward, inputs saved in E4M3 tiles", 8, saved=tiles)
     yield backward("backward, GELU (tanh)", 10, act="gelu_tanh")
 
 

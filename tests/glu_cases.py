@@ -16,6 +16,7 @@ from hf_lowprec.recipe import Quant, Scaling
 
 WIDTH, HIDDEN = 32, 48
 E4M3 = Quant(format="e4m3fn", scaling=Scaling(snap="rceil"))
+TILES = Quant(format="e4m3fn", scaling=Scaling(granularity="tile", block=(4, 16), snap="rceil"))
 SEPARATE = ("gate_proj", "up_proj", "down_proj")
 
 

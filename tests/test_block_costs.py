@@ -10,10 +10,11 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
+E4M3 = 1 + 4 / (16 * 256)  # bytes of an element of gate or up: its code, and its part of the scale of a tile
 
 
 @pytest.mark.parametrize(("case", "stream", "hidden"), [
-    ("fp8-lm@bf16", 2, 1), ("fp8-lm+saved=bf16@bf16", 2, 2), ("fp8-lm", 4, 1), ("te-current@bf16", 2, 2),
+    ("fp8-lm@bf16", 2, E4M3), ("fp8-lm+saved=bf16@bf16", 2, 2), ("fp8-lm", 4, E4M3), ("te-current@bf16", 2, 2),
 ])  # fmt: skip
 def test_a_block_keeps_what_the_formula_says(case: str, stream: int, hidden: float) -> None:
     pytest.importorskip("transformers")
@@ -26,18 +27,19 @@ def test_a_block_keeps_what_the_formula_says(case: str, stream: int, hidden: flo
 
 
 @pytest.mark.parametrize(("case", "stream", "hidden", "asked"), [
-    ("fp8-lm+remade@bf16", 2, 1, 8.0), ("fp8-lm+saved=bf16+remade@bf16", 2, 2, 11.5),
-    ("te-current+remade@bf16", 2, 2, 11.5), ("fp8-lm+remade", 4, 1, 10.0),
+    ("fp8-lm+remade@bf16", 2, E4M3, 8.0), ("fp8-lm+saved=bf16+remade@bf16", 2, 2, 11.5),
+    ("te-current+remade@bf16", 2, 2, 11.5), ("fp8-lm+remade", 4, E4M3, 10.0),
 ])  # fmt: skip
 def test_a_block_that_makes_inputs_again(case: str, stream: int, hidden: float, asked: float) -> None:
     """Elements in one or two bytes as asked for; beside them attention's float32 number per row and head (1/64), which
-    that count leaves out, a number per row for each norm, and scales."""
+    that count leaves out, a number per row for each norm, and scales, those of gate and up 0.1 % of their codes."""
     pytest.importorskip("transformers")
     from saved_bytes import formula, measure
 
     found = measure(case, 512)
-    assert formula(3.5, 0.25, 128, stream, hidden, remade=True) == asked + 1 / 64
-    assert asked + 1 / 64 <= found["total_u"] <= asked + 1 / 64 + 0.01, found["tensors"]
+    expected = formula(3.5, 0.25, 128, stream, hidden, remade=True)
+    assert expected == pytest.approx(asked + 1 / 64 + 3.5 * (hidden - round(hidden)))
+    assert expected - 1e-3 <= found["total_u"] <= expected + 0.01, found["tensors"]
     elements = sum(u for name, u in found["tensors"] if name.startswith(("bfloat16", "float8", "float32 1x64x512")))
     assert elements == asked
 
@@ -47,9 +49,9 @@ def test_the_formula_is_that_of_the_committed_measurement() -> None:
 
     cases = {case["case"]: case for case in json.loads((BENCHMARKS / "results/saved_bytes.json").read_text())["cases"]}
     assert all(case["width"] == 4096 for case in cases.values())
-    assert cases["fp8-lm@bf16"]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, 1), abs=0.01)
+    assert cases["fp8-lm@bf16"]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, E4M3), abs=0.01)
     assert cases["fp8-lm+saved=bf16@bf16"]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, 2), abs=0.01)
-    for case, hidden in (("fp8-lm+remade@bf16", 1), ("fp8-lm+saved=bf16+remade@bf16", 2)):
+    for case, hidden in (("fp8-lm+remade@bf16", E4M3), ("fp8-lm+saved=bf16+remade@bf16", 2)):
         assert cases[case]["total_u"] == pytest.approx(formula(3.5, 0.25, 128, 2, hidden, remade=True), abs=0.002)
     assert cases["fp8-lm@bf16"]["total_u"] < 0.5 * cases["bf16@bf16"]["total_u"]
 
@@ -67,7 +69,7 @@ def test_calls_of_the_host_per_layer() -> None:
         contender.clock(1)
     assert found["by_kernel"] == {
         "_scaled_mm": 21, "cast_transpose_launch": 10, "norm_forward": 2, "norm_backward": 2, "norm_sum": 2,
-        "glu_amax": 1, "glu_forward": 1, "transpose_launch": 1, "glu_backward_backward": 1, "rotary_rotary": 2,
+        "glu_forward": 1, "transpose_launch": 1, "glu_backward_backward": 1, "rotary_rotary": 2,
     }  # fmt: skip
     assert {name: found["by_node"][name] for name in ("_LinearBackward", "_GLUBackward", "_NormBackward")} == {
         "_LinearBackward": 7, "_GLUBackward": 1, "_NormBackward": 2

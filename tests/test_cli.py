@@ -149,7 +149,7 @@ def test_explain_says_what_is_kept_of_mlps_and_weights(tmp_path):
         output = invoke("explain", str(tmp_path / f"{policy}.yaml"))
         said[policy] = next(line for line in output.splitlines() if line.startswith("weight casts"))
         saved = next(line for line in output.splitlines() if line.startswith("saved by MLPs"))
-        assert "e4m3fn, per tensor, its own amax" in saved
+        assert "e4m3fn, per tile of 16 x 256, its own amax" in saved
     assert len(set(said.values())) == 3 and "2 bytes" in said["both"] and "1 byte" in said["one"]
     assert "gate and up as they are computed" in invoke("explain", "te-current")
     assert "weight casts" not in invoke("explain", "bf16")

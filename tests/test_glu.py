@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from core import assert_same_state, batch, same_bits
-from glu_cases import E4M3, KINDS, SEPARATE, WIDTH, assert_same, mlp, pair, run
+from glu_cases import E4M3, KINDS, SEPARATE, TILES, WIDTH, assert_same, mlp, pair, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,10 +73,16 @@ def test_activations_are_those_of_transformers() -> None:
         numerics.activation("mish", x)
 
 
+def restored(x: Tensor, saved: Quant) -> Tensor:
+    """`x` as its codes hold it; tiles run over all tokens, of whichever sequence."""
+    return numerics.quantize_dequantize(x.detach().reshape(-1, x.shape[-1]), saved).view(x.shape).double()
+
+
+@pytest.mark.parametrize("saved", [E4M3, TILES], ids=["tensor", "tile"])
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt_neox"])
-def test_saved_policy_decides_what_backward_computes_with(kind: str) -> None:
+def test_saved_policy_decides_what_backward_computes_with(kind: str, saved: Quant) -> None:
     """With E4M3, gradients are those at the dequantised gate and up; the output does not change."""
-    ours, own = pair(kind, saved=E4M3)
+    ours, own = pair(kind, saved=saved)
     parts = KINDS[kind]
     x = batch(3, 5, WIDTH)
     got, plain = run(ours, x), run(own, x)
@@ -88,16 +94,37 @@ def test_saved_policy_decides_what_backward_computes_with(kind: str) -> None:
     if parts.up not in (None, parts.gate):
         up = getattr(own, parts.up)(leaf)
     grad = batch(3, 5, WIDTH, seed=9) @ getattr(own, parts.down).weight.detach()  # of h
-    a = numerics.quantize_dequantize(gate.detach(), E4M3).double()
+    a = restored(gate, saved)
     slope = numerics.activation_slope(parts.act, a)
     pulled = grad * slope
     if up is not None:
-        b = numerics.quantize_dequantize(up.detach(), E4M3).double()
+        b = restored(up, saved)
         (grad * numerics.activation(parts.act, a)).float().mul(up).sum().backward(retain_graph=True)
         pulled = pulled * b
     pulled.float().mul(gate).sum().backward()
     torch.testing.assert_close(got["x"], leaf.grad, rtol=1e-5, atol=1e-6)
     assert (got["x"] - plain["x"]).abs().max() > 1e-5, "the policy changed nothing"
+
+
+def test_a_scale_per_tile_is_nearer_than_one_per_tensor() -> None:
+    gate = batch(64, 96) * torch.logspace(-4, 4, 6).repeat_interleave(16)
+    tensor, tile = (
+        ((restored(gate, saved) - gate).view(64, 6, 16).norm(dim=(0, 2)) / gate.view(64, 6, 16).norm(dim=(0, 2)))
+        for saved in (E4M3, TILES)
+    )
+    assert (tile <= tensor + 1e-6).all() and tile.max() < 0.04 and tensor.max() > 0.9
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH), (2, 0, WIDTH)], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+def test_few_tokens_or_none_in_tiles(kind: str, shape: tuple[int, ...]) -> None:
+    ours, own = pair(kind, saved=TILES)
+    if kind == "gpt2" and len(shape) == 1:
+        shape = (1, 1, WIDTH)  # its Conv1D takes no vector
+    got, plain = run(ours, batch(*shape)), run(own, batch(*shape))
+    assert got["out"].shape == plain["out"].shape
+    for key in plain:
+        assert (got[key] - plain[key]).norm() <= 0.06 * plain[key].norm(), key
 
 
 # --- ways of calling ------------------------------------------------------------------------------------------------
@@ -328,14 +355,14 @@ def test_a_class_whose_forward_was_replaced_since(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("recipe", ["fp8-lm", "te-current"])
-def test_opcheck(recipe: str, packed: bool) -> None:
+@pytest.mark.parametrize(("recipe", "kept_as"), [("fp8-lm", E4M3), ("te-current", E4M3), ("te-current", TILES)])
+def test_opcheck(recipe: str, kept_as: Quant, packed: bool) -> None:
     quant = PRESETS[recipe].fprop.input
     gate, up = batch(2, 5, 12).chunk(2, -1) if packed else (batch(2, 5, 6), batch(2, 5, 6, seed=1))
     delayed = quant.scaling.method == "delayed"
     scale, amax = (torch.tensor(0.5), torch.tensor(0.0)) if delayed else (None, None)
     counts = torch.zeros(4, dtype=torch.int64)
-    key, saved = ops.quant_key(quant), ops.quant_key(E4M3)
+    key, saved = ops.quant_key(quant), ops.quant_key(kept_as)
     for gated in (up, None):
         args = (gate, gated, "silu", True, key, scale, amax, counts, None, False, saved)
         torch.library.opcheck(torch.ops.hf_lowprec.glu.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -128,6 +128,16 @@ def test_a_recipe_of_ones_own() -> None:
     assert get_format(recipe.dgrad.accumulation.format).man == 5
 
 
+def test_what_mlps_save_per_tensor_as_recipes_said_before_tiles() -> None:
+    preset = PRESETS["fp8-lm"]
+    assert preset.saved.scaling.block == (16, 256) and Recipe.from_yaml(preset.to_yaml()) == preset
+    assert preset.saved == PRESETS["fp8-lm-o1"].saved == PRESETS["fp8-lm-o3"].saved
+    before = {**preset.to_dict(), "saved": {"format": "e4m3fn", "scaling": {"snap": "rceil"}}}
+    recipe = Recipe.from_dict(before)
+    assert recipe.saved.scaling == Scaling(snap="rceil") and recipe != preset
+    assert Recipe.from_yaml(yaml.safe_dump(before)) == recipe == Recipe.from_yaml(recipe.to_yaml())
+
+
 def test_states_of_ones_own() -> None:
     block = {"granularity": "block", "block": [32], "store": "bfloat16"}
     data = {

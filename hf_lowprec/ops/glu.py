@@ -5,6 +5,9 @@
     quantised h                               of the rounded h: the bits that `ops.quantize(h)` gives
     quantised gate, quantised up              what backward reads instead of the 16-bit tensors (`Recipe.saved`)
 
+Each is quantised as a matrix [rows, N] of all its leading dimensions: tiles run over the tokens of a batch, whichever
+sequence they belong to.
+
 Eager modules round act(gate) to the tensor's dtype before the product; here only the product is rounded, so the error
 against float64 is smaller. Backward computes in float32 from what was kept and rounds each gradient once:
 
@@ -44,6 +47,7 @@ class GLUOutput(NamedTuple):
     """What was asked for; None otherwise. Pairs are (qdata, scale) as `ops.quantize` returns them.
 
     quantized: h as a matrix [rows, N].
+    gate, up: qdata [..., N]; scale of a matrix [rows, N] (`numerics.scale_shape`).
     """
 
     h: Tensor | None
@@ -117,8 +121,14 @@ def default_glu(
     if saved is not None:
         for kept in (gate, up):
             if kept is not None:
-                out.extend(default_quantize(kept, saved, None, False, None, None, None))
+                qdata, used = default_quantize(as_matrix(kept), saved, None, False, None, None, None)
+                out.extend((qdata.view(kept.shape), used))
     return out
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """[rows, N] of [..., N]."""
+    return x.detach().reshape(-1, x.shape[-1])
 
 
 LIBRARY.impl("glu", default_glu, "CompositeExplicitAutograd")
@@ -137,15 +147,17 @@ def _fake_glu(
     ready: bool,
     saved: str | None,
 ) -> list[Tensor]:
+    matrix = (gate.numel() // gate.shape[-1], gate.shape[-1])
+
     def pair(shape: tuple[int, ...], key: str) -> list[Tensor]:
         policy = parse_quant(key)
-        qdata = gate.new_empty(shape, dtype=storage_dtype(policy.format))
+        qdata = gate.new_empty(matrix, dtype=storage_dtype(policy.format))
         scale = numerics.scale_like(qdata, policy.scaling)
-        return [qdata, scale.to(torch.float8_e8m0fnu) if policy.scaling.store == "e8m0" else scale]
+        return [qdata.view(shape), scale.to(torch.float8_e8m0fnu) if policy.scaling.store == "e8m0" else scale]
 
     out = [gate.new_empty(gate.shape)] if write else []
     if quant is not None:
-        out += pair((gate.numel() // gate.shape[-1], gate.shape[-1]), quant)
+        out += pair(matrix, quant)
     if saved is not None:
         out += pair(tuple(gate.shape), saved)
         out += [] if up is None else pair(tuple(up.shape), saved)
@@ -198,7 +210,8 @@ def default_glu_backward(
 def _restored(kept: Tensor, scale: Tensor | None, saved: str | None) -> Tensor:
     if saved is None or scale is None:
         return kept.detach().float()
-    return numerics.dequantize(numerics.ScaledTensor(kept, scale), parse_quant(saved))
+    codes = numerics.ScaledTensor(as_matrix(kept), scale)
+    return numerics.dequantize(codes, parse_quant(saved)).view(kept.shape)
 
 
 LIBRARY.impl("glu_backward", default_glu_backward, "CompositeExplicitAutograd")

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import hf_lowprec
 from hf_lowprec import numerics, ops
 from hf_lowprec.conversion import session_of
 from hf_lowprec.modules.glu import GLU, LowPrecGLU, fuse_glu
-from hf_lowprec.ops.glu import default_glu_backward, glu, glu_backward
-from hf_lowprec.ops.quantize import default_quantize
+from hf_lowprec.ops.glu import as_matrix, default_glu_backward, glu, glu_backward
+from hf_lowprec.ops.quantize import default_quantize, parse_quant
+from hf_lowprec.presets import PRESETS
 from hf_lowprec.recipe import Quant, Scaling
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +40,13 @@ SCALINGS = {
     "static": Scaling(method="static", exponent=-2),
 }
 SAVED = ops.quant_key(Quant(format="e4m3fn", scaling=Scaling(snap="rceil")))
+
+
+def tiles(*block: int, format: str = "e4m3fn", **scaling: Any) -> str:
+    return ops.quant_key(Quant(format=format, scaling=Scaling(granularity="tile", block=block, **scaling)))
+
+
+TILES = tiles(16, 256, snap="rceil")
 SHAPES = [(1, 16), (7, 40), (3, 5, 130), (257, 129), (128, 4096), (515, 14336)]
 
 
@@ -56,9 +67,10 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, packed: bool, special: fl
     return list(halves) if packed else [half.contiguous() for half in halves]
 
 
+@pytest.mark.parametrize("saved", [SAVED, TILES], ids=["tensor", "tile"])
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_quantise_stage_is_exact(dtype: torch.dtype, scaling: str) -> None:
+def test_quantise_stage_is_exact(dtype: torch.dtype, scaling: str, saved: str) -> None:
     """Codes, scales, amax and counters are those that the plain-torch operator gives for the kernel's own h."""
     quant = ops.quant_key(Quant(format="e4m3fn", scaling=SCALINGS[scaling]))
     for i, shape in enumerate(SHAPES):
@@ -75,15 +87,78 @@ def test_quantise_stage_is_exact(dtype: torch.dtype, scaling: str) -> None:
                 (scale, amax, counts), (scale2, amax2, counts2) = noted
                 out = glu(
                     gate, rest, "silu", quant=quant, scale=scale, amax=amax, counts=counts, ready=ready,
-                    saved=SAVED,
+                    saved=saved,
                 )  # fmt: skip
                 q, s = default_quantize(out.h.view(-1, shape[-1]), quant, scale2, False, amax2, counts2, None)
                 assert same(out.quantized[0], q) and same(out.quantized[1], s), (shape, packed, start, ready)
                 assert same(amax, amax2) and torch.equal(counts, counts2)
                 for kept, of in ((out.gate, gate), (out.up, rest)):
                     if of is not None:
-                        q, s = default_quantize(of, SAVED, None, False, None, None, None)
-                        assert same(kept[0], q) and same(kept[1], s)
+                        q, s = default_quantize(as_matrix(of), saved, None, False, None, None, None)
+                        assert same(kept[0], q.view(of.shape)) and same(kept[1], s)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_tiles_are_exact(dtype: torch.dtype) -> None:
+    """Codes and scales are those of numerics on the CPU: Inf and NaN stay in their tile. h does not depend on it."""
+    policies = (
+        TILES, tiles(64, 64, format="e5m2", snap="rceil"), tiles(1, 4096), tiles(32, 128, format="e5m10", margin=2),
+        tiles(8, 128, snap="rceil"), tiles(16, 256, method="static", exponent=3),
+    )  # fmt: skip
+    for shape in (*SHAPES[:-1], (3, 64, 1000), (4096,), (33, 14336)):
+        for packed in (False, True):
+            gate, up = inputs(shape, dtype, packed)
+            if len(shape) == 2 and shape[0] > 100:
+                gate[0, 0], gate[40, 50], gate[16:32] = float("inf"), float("nan"), 0.0
+                up[32:64, :128], up[64:80] = float("nan"), up[64:80] * 2.0**-100
+            for policy in policies:
+                for rest in (up, None):
+                    out = glu(gate, rest, "silu", quant=SAVED, saved=policy)
+                    plain = glu(gate, rest, "silu", quant=SAVED)
+                    assert same(out.h, plain.h) and all(map(same, out.quantized, plain.quantized))
+                    for kept, of in ((out.gate, gate), (out.up, rest)):
+                        if of is not None:
+                            truth = numerics.quantize(as_matrix(of).cpu(), parse_quant(policy))
+                            assert same(kept[0].cpu(), truth.qdata.view(shape)), (shape, packed, policy)
+                            assert same(kept[1].cpu(), truth.scale), (shape, packed, policy)
+
+
+def kernels_of(function: Callable[[], Any]) -> list[str]:
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        function()
+        torch.cuda.synchronize()
+    names = [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_scale_per_tile_costs_no_launch(packed: bool) -> None:
+    gate, up = inputs((300, 1024), torch.bfloat16, packed)
+    delayed = ops.quant_key(Quant(format="e4m3fn", scaling=SCALINGS["delayed"]))
+    scale, amax = (torch.full((), 0.25, device="cuda") for _ in range(2))
+    seen = {}
+    for saved in (None, SAVED, TILES):
+        call = partial(glu, gate, up, "silu", quant=delayed, scale=scale, amax=amax, ready=True, saved=saved)
+        call()
+        seen[saved] = kernels_of(call)
+    assert len(seen[TILES]) == len(seen[None]) == 1 and len(seen[SAVED]) == 2, seen
+
+
+def test_an_mlp_of_fp8_lm_reads_gate_and_up_once() -> None:
+    model = nn.Sequential(MLP()).to("cuda", torch.bfloat16)
+    hf_lowprec.convert(model, "fp8-lm", fuse=False)
+    fuse_glu(model[0], GLU("gate_proj", "up_proj", "down_proj", "silu"), PRESETS["fp8-lm"].saved)
+    x = torch.randn(96, 256, device="cuda").bfloat16()
+    for _ in range(3):
+        model(x.clone().requires_grad_()).sum().backward()
+        torch.cuda.synchronize()  # so that the host learns of the delayed scales
+        session_of(model).scaling.roll()
+    leaf = x.clone().requires_grad_()
+    model(leaf)  # casts the weights, whose scale is current
+    names = kernels_of(lambda: model(leaf))
+    assert sum("_forward_kernel" in name for name in names) == 1, names
+    assert not any("_amax_kernel" in name for name in names), names
 
 
 @pytest.mark.parametrize("act", numerics.ACTIVATIONS)
@@ -110,7 +185,7 @@ def test_no_worse_than_torch(act: str, dtype: torch.dtype) -> None:
         assert bool(((a.double() - t).abs() <= bound)[fine].all()), (act, dtype)
 
 
-@pytest.mark.parametrize("saved", [None, SAVED])
+@pytest.mark.parametrize("saved", [None, SAVED, TILES], ids=["as it is", "tensor", "tile"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_backward(dtype: torch.dtype, saved: str | None) -> None:
     for shape in SHAPES:

@@ -21,6 +21,7 @@ from hf_lowprec.recipe import Quant, Recipe, Scaling
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 SAVED = ops.quant_key(Quant(format="e4m3fn", scaling=Scaling(snap="rceil")))
+TILES = ops.quant_key(PRESETS["fp8-lm"].saved)
 HIDDEN, TOKENS, LAYERS = 1024, 4 * 1024, 2
 
 
@@ -118,15 +119,16 @@ def test_memory(recipe: str, saves: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("saved", [SAVED, TILES], ids=["tensor", "tile"])
 @pytest.mark.parametrize("shape", [(4096, 3584), (3, 5, 1000)], ids=str)
-def test_the_product_of_what_is_saved(shape: tuple[int, ...], gated: bool, dtype: torch.dtype) -> None:
+def test_the_product_of_what_is_saved(shape: tuple[int, ...], saved: str, gated: bool, dtype: torch.dtype) -> None:
     gate, up = torch.randn((2, *shape), device=DEVICE, dtype=dtype).unbind()
-    kept = glu(gate, up if gated else None, "silu", write=False, saved=SAVED)
+    kept = glu(gate, up if gated else None, "silu", write=False, saved=saved)
     assert kept.gate is not None
     codes, scale = kept.gate
     up_codes, up_scale = kept.up or (None, None)
-    found = glu_again(codes, up_codes, "silu", dtype, gate_scale=scale, up_scale=up_scale, saved=SAVED)
-    truth = default_glu_again(codes, scale, up_codes, up_scale, "silu", SAVED, torch.float32)
+    found = glu_again(codes, up_codes, "silu", dtype, gate_scale=scale, up_scale=up_scale, saved=saved)
+    truth = default_glu_again(codes, scale, up_codes, up_scale, "silu", saved, torch.float32)
     assert found.dtype == dtype and found.shape == gate.shape
     bound = torch.finfo(dtype).eps * truth.abs() + (2e-6 if dtype == torch.float32 else 1e-7)
     assert bool(((found.float() - truth).abs() <= bound).all())

@@ -8,9 +8,12 @@ their turn on the GPU (tests/gpu/test_glu_gpu.py).
 
 from __future__ import annotations
 
+import re
+from itertools import product
 from typing import Any
 
 import interpreter
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -35,7 +38,12 @@ def key(format: str = "e4m3fn", **scaling: Any) -> str:
     return ops.quant_key(Quant(format=format, scaling=Scaling(**scaling)))
 
 
+def tiled(*block: int, format: str = "e4m3fn", **scaling: Any) -> str:
+    return key(format, granularity="tile", block=block, **scaling)
+
+
 DELAYED, CURRENT = key(method="delayed", history=4, snap="rceil"), key(snap="rceil")
+TILED = tiled(16, 256, snap="rceil")
 
 
 def run(gate: torch.Tensor, up: torch.Tensor | None, act: str, function: Any = None, **kw: Any) -> list[torch.Tensor]:
@@ -138,7 +146,7 @@ def check_backward() -> int:
     for act in ("silu", "gelu_tanh", "relu2"):
         for shape in ((3, 5), (2, 9, 300)):
             for packed in (False, True):
-                for saved in (None, CURRENT):
+                for saved in (None, CURRENT, TILED, tiled(64, 64)):
                     gate, up, grad = torch.randn((3, *shape), generator=torch.Generator().manual_seed(7)).unbind()
                     gate_scale = up_scale = None
                     if packed and saved is None:
@@ -167,8 +175,72 @@ def check_agreement() -> int:
     return len(ours)
 
 
+def special(x: torch.Tensor) -> None:
+    """Inf and NaN, zeros and subnormal numbers, over parts of a matrix or of its tiles, in place."""
+    rows, cols = x.shape
+    x[0, 0], x[rows // 2, cols // 2], x[-1, -1] = float("inf"), float("nan"), -float("inf")
+    if rows > 32:
+        x[16:32, : min(cols, 256)] = 0
+        x[32:, : min(cols, 256)] = float("nan")
+    x[-1, : cols // 3] = x[-1, : cols // 3] * 2.0**-130
+
+
+def check_tiles() -> int:
+    """A scale per tile: codes and scales are numerics' own, at any shape, layout and dtype, and all else is what it is
+    without them."""
+    from hf_lowprec.ops.quantize import parse_quant
+    from hf_lowprec.ops.registry import kernel_counts
+
+    policies = (
+        TILED, tiled(64, 64, format="e5m2", snap="rceil"), tiled(1, 1024), tiled(32, 128, format="e5m10", margin=2),
+        tiled(16, 256, method="static", exponent=3),
+    )  # fmt: skip
+    dtypes, layouts = (torch.float32, torch.float16, torch.bfloat16), ("apart", "packed", "no gate")
+    checked = 0
+    for number, shape in enumerate(((3, 5), (2, 9, 300), (37, 515), (600,))):
+        for (place, saved), layout in product(enumerate(policies), layouts):
+            dtype = dtypes[(number + place + layouts.index(layout)) % 3]
+            both = torch.randn((*shape[:-1], 2 * shape[-1]), generator=torch.Generator().manual_seed(sum(shape))) * 30
+            both[..., ::3] *= 2.0**-9
+            gate, up = both.to(dtype).chunk(2, -1)
+            if len(shape) == 2:
+                special(gate)
+                special(up[: shape[0] // 2])
+            if layout == "apart":
+                gate, up = gate.contiguous(), up.contiguous()
+            rest = None if layout == "no gate" else up
+            found = run(gate, rest, "silu", quant=CURRENT, saved=saved)
+            assert all(map(torch.equal, map(bits, found), map(bits, run(gate, rest, "silu", quant=CURRENT))))
+            for kept in (gate,) if rest is None else (gate, up):
+                matrix = kept.reshape(-1, shape[-1])
+                truth = numerics.quantize(matrix, parse_quant(saved))
+                codes, scale, *more = found[3:]
+                found[3:] = more
+                assert_same_codes(codes, truth.qdata.view(shape))
+                assert torch.equal(scale, truth.scale)
+                checked += 1
+            assert len(found) == 3
+    assert "glu in several passes" not in kernel_counts()
+    gate, up = torch.randn(2, 7, 40, generator=torch.Generator().manual_seed(1)).unbind()
+    for saved in (tiled(3, 8), tiled(8, 8), tiled(128, 128)):  # of which no program takes one
+        for a, b in zip(*(run(gate, up, "silu", f, saved=saved) for f in (None, default_glu)), strict=True):
+            assert a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-6, atol=0)
+            checked += 1
+    assert kernel_counts()["glu in several passes"] == 3
+    args = {"quant": key(granularity="column"), "saved": TILED}  # of which the fused kernel knows the second
+    for a, b in zip(*(run(gate, up, "silu", f, **args) for f in (None, default_glu)), strict=True):
+        assert a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=2**-3, atol=1e-6)
+        checked += 1
+    return checked
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize])
+
+
 def check_again() -> int:
-    """h of what was kept: halves that were packed, an odd width, no gate, and float16 to its last bit."""
+    """h of what was kept: halves that were packed, an odd width, no gate, a scale per tensor or tile, and float16 to
+    its last bit."""
     from hf_lowprec.kernels.glu import glu_again
     from hf_lowprec.ops.registry import kernel_counts
 
@@ -177,9 +249,9 @@ def check_again() -> int:
         for shape in ((3, 5), (2, 9, 300)):
             for gated in (True, False):
                 gate, up = torch.randn((2, *shape), generator=torch.Generator().manual_seed(3)).unbind()
-                kept = run(gate, up if gated else None, act, write=False, saved=CURRENT)
-                args = (*kept, *(() if gated else (None, None)), act, CURRENT)
-                for dtype in (torch.float32, torch.float16):
+                for dtype, saved in product((torch.float32, torch.float16), (CURRENT, TILED)):
+                    kept = run(gate, up if gated else None, act, write=False, saved=saved)
+                    args = (*kept, *(() if gated else (None, None)), act, saved)
                     ours, truth = glu_again(*args, dtype), default_glu_again(*args, dtype)
                     assert ours.dtype == truth.dtype and ours.shape == truth.shape
                     off = (ours.float() - truth.float()).abs()
@@ -190,7 +262,44 @@ def check_again() -> int:
 
 
 def test_interpreter_agrees_with_the_operator() -> None:
-    assert [int(n) for n in interpreter.run(__file__).split()[1:]] == [8, 36, 1, 48, 7, 24]
+    assert [int(n) for n in interpreter.run(__file__).split()[1:]] == [8, 36, 1, 96, 7, 48, 122]
+
+
+@pytest.mark.parametrize(("function", "loaded"), [("forward", [16, 16]), ("backward", [8, 8, 16]), ("again", [8, 8])])
+def test_tiles_compile_for_an_h100(function: str, loaded: list[int]) -> None:
+    """8 elements a thread: bytes of its loads, and nothing that goes between layouts through shared memory."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_lowprec.kernels.quantize import plan_of
+    from hf_lowprec.kernels.triton import glu, glu_backward
+
+    kernel: Any = {"forward": glu._forward_kernel, "backward": glu_backward._backward_kernel}.get(function)
+    kernel = kernel or glu_backward._again_kernel
+    tile, plan = (16, 256), plan_of(CURRENT)
+    names = [name for name in kernel.arg_names if name.endswith("_ptr") and name != "partial_ptr"]
+    pointers = {name: "*bf16" for name in names} | {n: "*fp32" for n in names if "scale" in n or n == "amax_ptr"}
+    codes = ("q_ptr", "gate_q_ptr", "up_q_ptr") if function == "forward" else ("gate_ptr", "up_ptr")
+    pointers |= {name: "*fp8e4nv" for name in codes} | {"given_ptr": "*fp32", "counts_ptr": "*i64"}
+    integers = [p.name for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
+    policy = dict(zip(("FMT_MAX", "HALF_TINY", "TOP_EXP", "TOP_MAN", "MARGIN", "POW2"), plan.constants, strict=True))
+    constants = {
+        "ACT": "silu", "SCALE": "ready", "CONSTANT": 1.0, **policy, "SAVED": "tile", "KEPT_CONSTANT": 1.0,
+        **{f"KEPT_{name.removeprefix('FMT_')}": value for name, value in policy.items()}, "REVERSE": False,
+        "PARTIALS": 512, "SAMPLES": 512, "TILED": True, "ROWS": tile[0], "COLS": tile[1], "partial_ptr": None,
+    }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    even = [*names, *(name for name in integers if name in ("cols", "stride", "grad_stride"))]
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": glu.warps_of(tile, True)}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert options["num_warps"] == 16 and made.metadata.shared <= 128
+    loads = re.findall(r"ld\.global\.v(\d)\.b(\d+)", made.asm["ptx"])
+    assert sorted(int(v) * int(w) // 8 for v, w in loads) == loaded, loads
 
 
 if __name__ == "__main__":
@@ -203,5 +312,6 @@ if __name__ == "__main__":
         check_backward,
         check_agreement,
         check_again,
+        check_tiles,
     )
     print("checked", *(check() for check in checks))

@@ -6,7 +6,8 @@
 
 The amax pass runs where a scale comes from the tensor itself, or where a delayed scale may not exist yet: its programs
 look, and leave h alone if it does. The forward pass takes the tiles in the opposite order, so that the last ones of
-the amax pass are still in the cache.
+the amax pass are still in the cache. Scales of gate and up per tile need no such pass: a program has the whole tile in
+registers before it writes the codes, and its scale is its own.
 
 Few programs with several tiles each: they finish the scales, note the amax and count once. Arithmetic is float32; h is
 rounded to the tensors' dtype before it is quantised, so that its codes are those of the h that somebody else may read.
@@ -131,6 +132,13 @@ def scale_for(given_ptr, partial_ptr, partials, PLACE: tl.constexpr, PARTIALS: t
     return scale
 
 
+@triton.jit
+def _tile_scale(x, FMT_MAX: tl.constexpr, TOP_EXP: tl.constexpr, TOP_MAN: tl.constexpr, MARGIN: tl.constexpr,
+                POW2: tl.constexpr):  # fmt: skip
+    """The scale from the finite amax of this tile, 0 beyond the end."""
+    return _scale_of(tl.max(larger(tl.zeros_like(x), x)), FMT_MAX, TOP_EXP, TOP_MAN, MARGIN, POW2)
+
+
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=SCALARS)
 def _forward_kernel(
     gate_ptr, up_ptr, h_ptr, q_ptr, gate_q_ptr, up_q_ptr, given_ptr, partial_ptr, scale_ptr,
@@ -142,7 +150,7 @@ def _forward_kernel(
     KEPT_TOP_MAN: tl.constexpr, KEPT_MARGIN: tl.constexpr, KEPT_POW2: tl.constexpr,
     REVERSE: tl.constexpr, PARTIALS: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """SCALE of h, SAVED of gate and up: where a scale comes from (`scale_for`)."""
+    """SCALE of h, SAVED of gate and up: where a scale comes from (`scale_for`); SAVED may be "tile", one for each."""
     DTYPE: tl.constexpr = gate_ptr.dtype.element_ty
     GATED: tl.constexpr = up_ptr is not None
     OBSERVE: tl.constexpr = amax_ptr is not None
@@ -156,7 +164,7 @@ def _forward_kernel(
         inverse = tl.div_rn(1.0, scale)
         if pid == 0:
             tl.store(scale_ptr, scale)
-    if gate_q_ptr is not None:
+    if gate_q_ptr is not None and SAVED != "tile":
         scale = scale_for(None, partial_ptr, partials, 1, PARTIALS, SAVED, KEPT_CONSTANT, KEPT_MAX, KEPT_TOP_EXP,
                           KEPT_TOP_MAN, KEPT_MARGIN, KEPT_POW2)  # fmt: skip
         gate_inverse = tl.div_rn(1.0, scale)
@@ -189,10 +197,20 @@ def _forward_kernel(
         if OBSERVE:
             largest = larger(largest, h)
         if gate_q_ptr is not None:
-            codes = encode(x, gate_inverse, gate_q_ptr.dtype.element_ty, KEPT_MAX)
+            factor = gate_inverse
+            if SAVED == "tile":
+                own = _tile_scale(x, KEPT_MAX, KEPT_TOP_EXP, KEPT_TOP_MAN, KEPT_MARGIN, KEPT_POW2)
+                tl.store(gate_scale_ptr + number, own)
+                factor = tl.div_rn(1.0, own)
+            codes = encode(x, factor, gate_q_ptr.dtype.element_ty, KEPT_MAX)
             tl.store(pointers(gate_q_ptr, row, col, cols, ROWS, COLS), codes, mask=inside)
             if GATED:
-                codes = encode(u, up_inverse, up_q_ptr.dtype.element_ty, KEPT_MAX)
+                factor = up_inverse
+                if SAVED == "tile":
+                    own = _tile_scale(u, KEPT_MAX, KEPT_TOP_EXP, KEPT_TOP_MAN, KEPT_MARGIN, KEPT_POW2)
+                    tl.store(up_scale_ptr + number, own)
+                    factor = tl.div_rn(1.0, own)
+                codes = encode(u, factor, up_q_ptr.dtype.element_ty, KEPT_MAX)
                 tl.store(pointers(up_q_ptr, row, col, cols, ROWS, COLS), codes, mask=inside)
 
     if OBSERVE:
@@ -215,14 +233,15 @@ def _forward_kernel(
 
 
 class Policy(NamedTuple):
-    """How one tensor is quantised; scale as in `scale_for`, constant: where it is "constant". `number` tells policies
-    apart quickly."""
+    """How one tensor is quantised; scale as in `scale_for`, constant: where it is "constant". `number` tells formats
+    and rules apart quickly. tile, of gate and up only: (rows, columns) that share a scale, where `scale` is "tile"."""
 
     number: int
     dtype: torch.dtype
     constants: FormatConstants
     scale: str
     constant: float
+    tile: tuple[int, int] | None = None
 
 
 class Hidden(NamedTuple):
@@ -272,6 +291,18 @@ def flat_tile(layout: Layout) -> tuple[int, int]:
     return TILE // cols, cols
 
 
+def is_tile(rows: int, cols: int) -> bool:
+    """Whether programs take such tiles of gate and up."""
+    powers = rows & (rows - 1) == 0 and cols & (cols - 1) == 0
+    return powers and TILE // 4 <= rows * cols <= TILE
+
+
+def warps_of(tile: tuple[int, int], tiled: bool) -> int:
+    """Of a program. `tiled`, gate and up have a scale per tile: 8 elements a thread, as with 16 the forward kernel
+    needs 128 registers (sm_90), with 8 half of them, and moves nothing between the layouts of loads and stores."""
+    return tile[0] * tile[1] // 256 if tiled else WARPS
+
+
 def tiles_of(rows: int, cols: int, tile: tuple[int, int]) -> int:
     return -(-rows // tile[0]) * -(-cols // tile[1])
 
@@ -287,14 +318,14 @@ def forward(
     shape, device, numel, where = gate.shape, gate.device, gate.numel(), gate.get_device()
     policy = NO_POLICY if hidden is None else hidden.policy
     keep = NO_POLICY if kept is None else kept
-    gate, up, layout = layout_of(gate, up)
+    gate, up, layout = layout_of(gate, up, matrix=keep.tile is not None)
     rows, cols, stride = layout
     common = (act, gate.dtype, *alignment(gate, up), integer_key(cols), integer_key(stride))
     partial, partials = None, 0
     given = None if hidden is None else hidden.given
     delayed = policy.scale == "delayed"
     finds = delayed or policy.scale == "current"
-    tile = flat_tile(layout)
+    tile = keep.tile or flat_tile(layout)
     tiles = tiles_of(rows, cols, tile)
     if finds or keep.scale == "current":
         partials = min(PARTIALS, tiles)
@@ -318,19 +349,20 @@ def forward(
         amax, counts, sample_stride = hidden.amax, hidden.counts, hidden.sample_stride
     if kept is not None:
         gate_q = torch.empty(shape, dtype=kept.dtype, device=device)
-        out.extend((gate_q, gate_scale := torch.empty((), dtype=torch.float32, device=device)))
+        scales = () if kept.tile is None else (-(-rows // tile[0]), -(-cols // tile[1]))
+        out.extend((gate_q, gate_scale := torch.empty(scales, dtype=torch.float32, device=device)))
         if up is not None:
             up_q = torch.empty(shape, dtype=kept.dtype, device=device)
-            out.extend((up_q, up_scale := torch.empty((), dtype=torch.float32, device=device)))
+            out.extend((up_q, up_scale := torch.empty(scales, dtype=torch.float32, device=device)))
     reverse = keep.scale == "current" or policy.scale == "current"
     _forward(
-        (*common, tile, write, policy.number, policy.scale, keep.number, amax is None,
+        (*common, tile, write, policy.number, policy.scale, keep.number, keep.scale, amax is None,
          counts is None, reverse),
         where, (min(tiles, PROGRAMS), 1, 1),
         (gate, up, h, q, gate_q, up_q, given, partial, scale, gate_scale, up_scale, amax, counts,
          partials, tiles, rows, -(-numel // sample_stride), sample_stride, cols, stride,
          act, policy.scale, policy.constant, *policy.constants, keep.scale, keep.constant, keep.constants.fmt_max,
          *keep.constants[2:], reverse, PARTIALS, SAMPLES, *tile),
-        num_warps=WARPS,
+        num_warps=warps_of(tile, keep.tile is not None),
     )  # fmt: skip
     return out

@@ -15,25 +15,33 @@ from torch import Tensor
 from hf_lowprec.kernels.triton.activations import with_slope
 from hf_lowprec.kernels.triton.cast import integer_key
 from hf_lowprec.kernels.triton.elementwise import pointers, tile_at, within
-from hf_lowprec.kernels.triton.glu import WARPS, _hidden, alignment, flat_tile, layout_of, tiles_of
+from hf_lowprec.kernels.triton.glu import _hidden, alignment, flat_tile, layout_of, tiles_of, warps_of
 from hf_lowprec.kernels.triton.launch import Launcher
+
+
+@triton.jit
+def _load_scale(scale_ptr, number, TILED: tl.constexpr):
+    if TILED:
+        scale_ptr += number
+    return tl.load(scale_ptr)
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["gate_scale_ptr", "up_scale_ptr"])
 def _backward_kernel(
     grad_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, grad_gate_ptr, grad_up_ptr, rows, cols, stride,
-    grad_stride, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    grad_stride, ACT: tl.constexpr, TILED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """stride: of gate and up; grad_stride: of grad_gate and grad_up."""
+    """stride: of gate and up; grad_stride: of grad_gate and grad_up. TILED: each tile has its scales."""
     DTYPE: tl.constexpr = grad_ptr.dtype.element_ty
     GATED: tl.constexpr = up_ptr is not None
     gate_scale = 1.0
     up_scale = 1.0
+    number = tl.program_id(0)
     if gate_scale_ptr is not None:
-        gate_scale = tl.load(gate_scale_ptr)
+        gate_scale = _load_scale(gate_scale_ptr, number, TILED)
         if GATED:
-            up_scale = tl.load(up_scale_ptr)
-    row, col = tile_at(tl.program_id(0), cols, ROWS, COLS)
+            up_scale = _load_scale(up_scale_ptr, number, TILED)
+    row, col = tile_at(number, cols, ROWS, COLS)
     inside = within(row, col, rows, cols, ROWS, COLS)
     g = tl.load(pointers(grad_ptr, row, col, cols, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
     x = tl.load(pointers(gate_ptr, row, col, stride, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
@@ -57,39 +65,45 @@ def backward(
     act: str,
     grad_gate: Tensor,
     grad_up: Tensor | None,
+    tile: tuple[int, int] | None,
 ) -> None:
-    """`ops.glu_backward` on a GPU, for non-empty tensors; with scales, gate and up are codes of float8 or float16."""
+    """`ops.glu_backward` on a GPU, for non-empty tensors; with scales, gate and up are codes of float8 or float16.
+
+    tile: (rows, columns) that share a scale; None: all do.
+    """
     grad = grad.contiguous()
     # Halves of a packed tensor may be halves on one side only: as a matrix either has its stride.
-    gate, up, layout = layout_of(gate, up, matrix=not grad_gate.is_contiguous())
+    gate, up, layout = layout_of(gate, up, matrix=tile is not None or not grad_gate.is_contiguous())
     rows, cols, stride = layout
     grad_stride = cols if rows == 1 and grad_gate.is_contiguous() else grad_gate.view(-1, cols).stride(0)
-    tile = flat_tile(layout)
+    tiled, tile = tile is not None, tile or flat_tile(layout)
     key = (
-        act, grad.dtype, gate.dtype, *alignment(grad, gate, up, grad_gate, grad_up), gate_scale is None, tile,
+        act, grad.dtype, gate.dtype, *alignment(grad, gate, up, grad_gate, grad_up), gate_scale is None, tiled, tile,
         integer_key(cols), integer_key(stride), integer_key(grad_stride),
     )  # fmt: skip
     args = (
-        grad, gate, up, gate_scale, up_scale, grad_gate, grad_up, rows, cols, stride, grad_stride, act, *tile
+        grad, gate, up, gate_scale, up_scale, grad_gate, grad_up, rows, cols, stride, grad_stride, act, tiled,
+        *tile,
     )  # fmt: skip
-    _backward(key, grad.get_device(), (tiles_of(rows, cols, tile), 1, 1), args, num_warps=WARPS)
+    _backward(key, grad.get_device(), (tiles_of(rows, cols, tile), 1, 1), args, num_warps=warps_of(tile, tiled))
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["gate_scale_ptr", "up_scale_ptr"])
 def _again_kernel(
     gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, h_ptr, rows, cols, stride,
-    ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACT: tl.constexpr, TILED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = h_ptr.dtype.element_ty
     GATED: tl.constexpr = up_ptr is not None
-    row, col = tile_at(tl.program_id(0), cols, ROWS, COLS)
+    number = tl.program_id(0)
+    row, col = tile_at(number, cols, ROWS, COLS)
     inside = within(row, col, rows, cols, ROWS, COLS)
     x = tl.load(pointers(gate_ptr, row, col, stride, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
-    x = x * tl.load(gate_scale_ptr)
+    x = x * _load_scale(gate_scale_ptr, number, TILED)
     u = x
     if GATED:
         u = tl.load(pointers(up_ptr, row, col, stride, ROWS, COLS), mask=inside, other=0.0).to(tl.float32)
-        u = u * tl.load(up_scale_ptr)
+        u = u * _load_scale(up_scale_ptr, number, TILED)
     h = _hidden(x, u, inside, ACT, GATED, DTYPE)
     tl.store(pointers(h_ptr, row, col, cols, ROWS, COLS), h.to(DTYPE), mask=inside)
 
@@ -98,14 +112,20 @@ _again = Launcher(_again_kernel)
 
 
 def again(
-    gate: Tensor, gate_scale: Tensor, up: Tensor | None, up_scale: Tensor | None, act: str, dtype: torch.dtype
+    gate: Tensor,
+    gate_scale: Tensor,
+    up: Tensor | None,
+    up_scale: Tensor | None,
+    act: str,
+    dtype: torch.dtype,
+    tile: tuple[int, int] | None,
 ) -> Tensor:
-    """`ops.glu_again` on a GPU, of codes of float8 or float16, not empty."""
+    """`ops.glu_again` on a GPU, of codes of float8 or float16, not empty; tile as in `backward`."""
     h = torch.empty(gate.shape, dtype=dtype, device=gate.device)
-    gate, up, layout = layout_of(gate, up)
+    gate, up, layout = layout_of(gate, up, matrix=tile is not None)
     rows, cols, stride = layout
-    tile = flat_tile(layout)
-    key = (act, dtype, gate.dtype, *alignment(gate, up, h), tile, integer_key(cols), integer_key(stride))
-    args = (gate, up, gate_scale, up_scale, h, rows, cols, stride, act, *tile)
-    _again(key, gate.get_device(), (tiles_of(rows, cols, tile), 1, 1), args, num_warps=WARPS)
+    tiled, tile = tile is not None, tile or flat_tile(layout)
+    key = (act, dtype, gate.dtype, *alignment(gate, up, h), tiled, tile, integer_key(cols), integer_key(stride))
+    args = (gate, up, gate_scale, up_scale, h, rows, cols, stride, act, tiled, *tile)
+    _again(key, gate.get_device(), (tiles_of(rows, cols, tile), 1, 1), args, num_warps=warps_of(tile, tiled))
     return h
