@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 # scale each, in one pass or two.
 DEFAULTS = {
     "flat": Setting(2048, 2048, 16),
-    "lying": Setting(512, 2048, 16),
+    "lying": Setting(256, 2048, 16),
     "turned": Setting(32, 2048, 16),
     "turned words": Setting(128, 4096, 32),
     "row": Setting(8, 2048, 32),
@@ -65,8 +65,6 @@ DEFAULTS = {
 }
 # What measurements say otherwise: (how they lie, bytes of an element read, written).
 SETTINGS: dict[tuple[str, int, int], Setting] = {
-    ("lying", 2, 2): Setting(256, 4096, 32),
-    ("lying", 2, 1): Setting(1024, 4096, 32),
     ("turned words", 2, 1): Setting(64, 4096, 32),
     ("turned words", 4, 1): Setting(128, 8192, 32),
 }

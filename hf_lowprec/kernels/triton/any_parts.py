@@ -140,14 +140,10 @@ def result(
     bits = y.to(tl.int32, bitcast=True)
     if FAST:
         size = tl.abs(y)
-        # Codes of a group whose scale is NaN are 0: its largest value and its sign bit are, which costs no element
-        # an instruction. Of NaN `cut` may make -0, whose sign is shifted out.
-        ZEROED: tl.constexpr = GROUP and not VALUES and SUBNORMAL == 0 and NEGATIVE_ZERO
-        largest = tl.where(inverse < float("inf"), LARGEST, 0.0) if ZEROED else LARGEST
         if MODE == 0:
-            near = nearest(size, largest, MAN, EMIN, SUBNORMAL)
+            near = nearest(size, MAN, EMIN, LARGEST, SUBNORMAL)
         else:
-            near = cut(size, h, largest, MODE, BITS, MAN, EMIN, SUBNORMAL)
+            near = cut(size, h, MODE, BITS, MAN, EMIN, LARGEST, SUBNORMAL)
         if VALUES:
             near = (near.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
             if not GROUP:  # there a scale that is NaN says it
@@ -161,17 +157,14 @@ def result(
             if SUBNORMAL == 0 and NEGATIVE_ZERO:
                 # As in `codes_of`, but upward: the sign is at the top already.
                 moved = (near * (2.0 ** (-126 - EMIN))).to(tl.int32, bitcast=True)
-                sign = tl.where(inverse < float("inf"), -0x80000000, 0) if ZEROED else -0x80000000
-                codes = (moved << (8 - AT + MAN)) | (bits & sign)
+                codes = (moved << (8 - AT + MAN)) | (bits & -0x80000000)
             else:
                 codes = codes_of(near, MAN, EMIN, SUBNORMAL)
                 sign = (bits >> (31 - AT)) & SIGN
                 if not NEGATIVE_ZERO:
                     sign = tl.where(codes == 0, 0, sign)
                 codes |= sign
-            if ZEROED:
-                out = codes
-            elif GROUP:
+            if GROUP:
                 out = codes & tl.where(inverse < float("inf"), -1, 0)
             else:
                 out = tl.where(

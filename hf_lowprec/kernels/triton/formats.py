@@ -178,11 +178,11 @@ def count_codes(x, words, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.conste
 
 
 @triton.jit
-def nearest(size, largest, MAN: tl.constexpr, EMIN: tl.constexpr, SUBNORMAL: tl.constexpr):
+def nearest(size, MAN: tl.constexpr, EMIN: tl.constexpr, LARGEST: tl.constexpr, SUBNORMAL: tl.constexpr):
     """The nearest values to |x| by the FPU (`numerics.rounding`), for formats of `magic_fits`: a third of the
-    instructions of `count_codes`. Saturates at `largest`, also NaN; signs, Inf and NaN are the caller's."""
+    instructions of `count_codes`. Saturates; signs, Inf and NaN are the caller's."""
     C: tl.constexpr = 1.5 * 2.0 ** (23 - MAN)
-    r = tl.minimum(size, largest)
+    r = tl.minimum(size, LARGEST)
     power = (r.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     if SUBNORMAL == 0:
         power = tl.maximum(power, 2.0**EMIN)
@@ -194,8 +194,8 @@ def nearest(size, largest, MAN: tl.constexpr, EMIN: tl.constexpr, SUBNORMAL: tl.
 
 
 @triton.jit
-def cut(size, h, largest, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
-        SUBNORMAL: tl.constexpr):  # fmt: skip
+def cut(size, h, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.constexpr, EMIN: tl.constexpr,
+        LARGEST: tl.constexpr, SUBNORMAL: tl.constexpr):  # fmt: skip
     """|x| rounded in other modes, for formats of `cut_fits`: an addition below the last kept bit, the rest dropped.
 
     Below the lowest normal binade 2^emin is added, cut off, and taken away again: there its units are the format's.
@@ -217,7 +217,7 @@ def cut(size, h, largest, MODE: tl.constexpr, BITS: tl.constexpr, MAN: tl.conste
         r -= low
     elif SUBNORMAL == 1:
         r = tl.where(r < 2.0**EMIN, 0.0, r)
-    return tl.minimum(r, largest)
+    return tl.minimum(r, LARGEST)
 
 
 @triton.jit
