@@ -126,6 +126,28 @@ def test_graphs_lift_the_bound_on_tokens() -> None:
     assert set(report.least_tokens.values()) == {4}, "the user's own bound stays"
 
 
+@pytest.mark.usefixtures("measured")
+def test_graphs_lift_the_bound_of_linears_that_were_wrapped_since() -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.base(x)
+
+    model = llama()
+    report = hf_lowprec.convert(model, "fp8-lm")
+    layers = report_layers(model)
+    before, bounds = dict(report.least_tokens), {name: state.least for name, state in layers.items()}
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapter(attention.q_proj)
+    graphs = hf_lowprec.graph_layers(model, device_type="cpu")
+    assert graphs.lifted == before and not report.least_tokens and not any(s.least for s in layers.values())
+    hf_lowprec.ungraph_layers(model)
+    assert report.least_tokens == before and {name: state.least for name, state in layers.items()} == bounds
+
+
 def report_layers(model: nn.Module) -> dict[str, Any]:
     session = session_of(model)
     assert session is not None

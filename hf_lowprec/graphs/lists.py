@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ from hf_lowprec.graphs.snapshot import RUNNER, Snapshot
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, set_class
 from hf_lowprec.modules.weight_cache import steps
 from hf_lowprec.operands import Quantized
-from hf_lowprec.selection import weight_of
 from hf_lowprec.session import Session, session_of
 
 OWNER = "_hf_lowprec_graphs"  # in a model's __dict__
@@ -235,6 +234,13 @@ class _Options:
         self.capturer, self.device_type = capturer, device_type
 
 
+class Bound(NamedTuple):
+    """Of a call of a linear, below which it runs in the base precision: as reported, and as `LayerState.least`."""
+
+    tokens: int
+    elements: int
+
+
 class LayerGraphs:
     """Returned by `graph_layers`; `str()` of it is a line for the log.
 
@@ -242,9 +248,9 @@ class LayerGraphs:
     `replays` those that ran with one, `captured` the layers that have a graph.
     """
 
-    def __init__(self, lists: list[LayerList], lifted: dict[str, int] | None = None) -> None:
+    def __init__(self, lists: list[LayerList], bounds: dict[str, Bound] | None = None) -> None:
         self.lists = lists
-        self._lifted = lifted or {}
+        self._bounds = bounds or {}
 
     @property
     def captured(self) -> int:
@@ -266,7 +272,12 @@ class LayerGraphs:
     @property
     def lifted(self) -> dict[str, int]:
         """Linear -> tokens of a call from which on it gained without graphs (`break_even`): no bound with them."""
-        return self._lifted
+        return {name: bound.tokens for name, bound in self._bounds.items()}
+
+    @property
+    def bounds(self) -> dict[str, Bound]:
+        """What `ungraph_layers` puts back."""
+        return self._bounds
 
     def __str__(self) -> str:
         return ", ".join(one.summary() for one in self.lists)
@@ -398,27 +409,27 @@ def ungraph_layers(model: nn.Module) -> None:
     if session is not None:
         session.report.graphs = None
         if graphs is not None:
-            _set_rule(session, graphs.lifted)
+            _set_rule(session, graphs.bounds)
 
 
-def _lift_rule(session: Session) -> dict[str, int]:
+def _lift_rule(session: Session) -> dict[str, Bound]:
     """Low precision for calls of any number of tokens: what a small call loses without graphs is the host's time.
 
     A `min_tokens` that the user chose stays. Returns what was measured.
     """
     if not follows_measurements(session):
         return {}
-    measured = dict(session.report.least_tokens)
-    _set_rule(session, dict.fromkeys(measured, 0))
+    layers = session.scaling.layers
+    measured = {name: Bound(tokens, layers[name].least) for name, tokens in session.report.least_tokens.items()}
+    _set_rule(session, dict.fromkeys(measured, Bound(0, 0)))
     return measured
 
 
-def _set_rule(session: Session, least_tokens: dict[str, int]) -> None:
-    for name, tokens in least_tokens.items():
-        state = session.scaling.layers[name]
-        shape = weight_of(session.root.get_submodule(name)).shape
-        state.least = tokens * shape[0 if state.spec.weight_is_kn else 1]
-    known = {**session.report.least_tokens, **least_tokens}
+def _set_rule(session: Session, bounds: dict[str, Bound]) -> None:
+    # By their states: a module may have been wrapped or removed since the conversion.
+    for name, bound in bounds.items():
+        session.scaling.layers[name].least = bound.elements
+    known = {**session.report.least_tokens, **{name: bound.tokens for name, bound in bounds.items()}}
     session.report.least_tokens = {name: tokens for name, tokens in known.items() if tokens}
 
 
