@@ -169,6 +169,8 @@ def check_decoding(device: str) -> int:
         given = q.t().contiguous().t() if i % 3 == 0 else q
         assert any_decode.decodes(quant)
         same(any_decode.decode(given.to(device), s.to(device), quant), truth, ("decode", quant))
+        turned = s.t().contiguous().t() if s.dim() else s  # scales of any strides, as codes
+        same(any_decode.decode(given.to(device), turned.to(device), quant), truth, ("turned scales", quant))
         bare = q.float() if q.is_floating_point() else numerics.decode(q, quant.format)
         same(any_decode.decode(given.to(device)[:, :40], None, quant), bare[:, :40].contiguous(), ("bare", quant))
         same(any_decode.decode(given.to(device)[:, :40], s.to(device), quant), truth[:, :40].contiguous(), quant)
@@ -179,7 +181,7 @@ def check_decoding(device: str) -> int:
         if any_decode.fits_bfloat16(quant, False):
             bare_halves = any_decode.decode(given.to(device), None, quant, torch.bfloat16).float()
             same(bare_halves[:, :40].contiguous(), bare[:, :40].contiguous(), ("bare bfloat16", quant))
-        count += 4
+        count += 5
     assert any_decode.decode(q[:0].to(device), None, quant).shape == (0, 75 if i % 2 else 96)
     if device == "cpu":  # where both sum alike
         check_emulated_products()

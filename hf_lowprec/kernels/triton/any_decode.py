@@ -73,8 +73,8 @@ def decodes(quant: Quant) -> bool:
 def fits_bfloat16(quant: Quant, scaled: bool) -> bool:
     """Whether bfloat16 holds all values of a policy, times their scales if `scaled`; needs `decodes(quant)`.
 
-    A significand of 8 bits does; a scale must be a power of two then. Products with an E8M0 scale below 2^-133, 38
-    binades under the least that float32 calls normal times a typical code, are rounded to bfloat16's subnormals.
+    A significand of 8 bits does; a scale must be a power of two then. Only what is no multiple of 2^-133, bfloat16's
+    least subnormal, is rounded: small codes under scales near 2^-126.
     """
     fmt = covered(quant.format)
     assert fmt is not None
@@ -97,7 +97,7 @@ def decode(qdata: Tensor, scale: Tensor | None, quant: Quant, dtype: torch.dtype
     e8m0, stride, many = False, 0, scale is not None and scale.numel() != 1
     if scale is not None:
         if many:
-            scale = scale.reshape(rows, -1)
+            scale = scale.reshape(rows, -1).contiguous()
             stride = scale.stride(0)
         e8m0 = scale.dtype == torch.float8_e8m0fnu
         if e8m0:
