@@ -380,6 +380,7 @@ def graph_layers(
             "part: call it for one of them"
         )
     how = _Options(warmup_steps, max_kinds, capturer or CudaCapturer, device_type)
+    bounds = None if session is None else _lift_rule(session)
     lists = []
     for name, layers in found.items():
         owner = LayerList(name, list(layers.values()), how)
@@ -387,7 +388,7 @@ def graph_layers(
         for index, (full, layer) in enumerate(layers.items()):
             layer.__dict__[RUNNER] = _Runner(owner, index, full)
             set_class(layer, _graphed_class(type(layer)))
-    graphs = model.__dict__[OWNER] = LayerGraphs(lists, None if session is None else _lift_rule(session))
+    graphs = model.__dict__[OWNER] = LayerGraphs(lists, bounds)
     if session is not None:
         session.report.graphs = graphs
         session.on_end(lambda: ungraph_layers(model))

@@ -197,6 +197,9 @@ def test_what_bfloat16_holds() -> None:
     assert fits_bfloat16(mx, True) and fits_bfloat16(row, False) and not fits_bfloat16(row, True)
     assert fits_bfloat16(Quant(format="bf16"), False) and not fits_bfloat16(Quant(format="e6m9"), False)
     assert not fits_bfloat16(Quant(format="fp16"), False)
+    fixed, far = (Scaling(method="static", exponent=e) for e in (3, -110))
+    assert fits_bfloat16(Quant(format="e5m2", scaling=fixed), True)
+    assert not fits_bfloat16(Quant(format="e5m2", scaling=far), True)
 
 
 def check_emulated_products() -> None:

@@ -80,6 +80,8 @@ def fits_bfloat16(quant: Quant, scaled: bool) -> bool:
     assert fmt is not None
     bare = fmt.man <= 7 and fmt.emax <= 127 and fmt.emin - fmt.man >= -133
     s = quant.scaling
+    if s.method == "static":  # always a power of two
+        return bare and (not scaled or abs(s.exponent) <= 64)
     return bare and (not scaled or s.store == "e8m0" or s.snap != "exact" or s.method == "none")
 
 
