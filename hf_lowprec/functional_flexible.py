@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_lowprec.numerics.flexible import flexible, gradients, layout, scale_of
 from hf_lowprec.operands import base_dtype, shaped
-from hf_lowprec.ops.quantize import sample_stride
+from hf_lowprec.ops import flexible as ops
 
 
 class Range(NamedTuple):
@@ -71,15 +70,13 @@ class _FlexibleLinear(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, input_maxval: Tensor, input_man: Tensor,
         weight_maxval: Tensor, weight_man: Tensor, call: _Call,
     ) -> Tensor:  # fmt: skip
-        qx = flexible(input.reshape(-1, input.shape[-1]), input_maxval, input_man, call.input_bits)
-        qw = flexible(_nk(weight, call), weight_maxval, weight_man, call.weight_bits)
-        with torch.autocast(input.device.type, enabled=False):
-            out = qx @ qw.t()
-            if bias is not None:
-                out = out + bias.float()
+        out = ops.flexible_mm(
+            input.reshape(-1, input.shape[-1]), input_maxval, input_man, call.input_bits,
+            _nk(weight, call), weight_maxval, weight_man, call.weight_bits, bias, dtype=call.dtype,
+        )  # fmt: skip
         ctx.save_for_backward(input, weight, input_maxval, input_man, weight_maxval, weight_man)
         ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
-        return shaped(out.to(call.dtype), (*input.shape[:-1], qw.shape[0]))
+        return shaped(out, (*input.shape[:-1], out.shape[1]))
 
     @staticmethod
     @once_differentiable  # the gradient of a straight-through estimate is none
@@ -89,20 +86,24 @@ class _FlexibleLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grads = grad_output.reshape(-1, grad_output.shape[-1]).to(call.dtype)
         if call.counts is not None and grads.numel():
-            _count(grads, None, None, call.counts)
+            ops.flexible_count(grads, None, None, call.input_bits, call.counts)
         out: list[Tensor | None] = [None] * 8
         x = input.reshape(-1, input.shape[-1])
         w = _nk(weight, call)
-        qx = flexible(x, input_maxval, input_man, call.input_bits)
-        qw = flexible(w, weight_maxval, weight_man, call.weight_bits)
-        if needs[0] or needs[3] or needs[4]:
-            found = gradients(grads @ qw.to(call.dtype), x, qx, input_maxval, input_man, call.input_bits)
-            out[0] = found.x.to(input.dtype).reshape(input.shape)
-            out[3], out[4] = found.maxval.to(input_maxval.dtype), found.man.to(input_man.dtype)
-        if needs[1] or needs[5] or needs[6]:
-            found = gradients(grads.t() @ qx.to(call.dtype), w, qw, weight_maxval, weight_man, call.weight_bits)
-            out[1] = _nk(found.x, call).to(weight.dtype)
-            out[5], out[6] = found.maxval.to(weight_maxval.dtype), found.man.to(weight_man.dtype)
+        by_input, by_weight = needs[0] or needs[3] or needs[4], needs[1] or needs[5] or needs[6]
+        exact = call.dtype == torch.float32  # what gradients are taken of, besides what is multiplied
+        qw = ops.flexible(w, weight_maxval, weight_man, call.weight_bits, call.dtype) if by_input else None
+        qx = ops.flexible(x, input_maxval, input_man, call.input_bits, call.dtype) if by_weight else None
+        if qw is not None:
+            grad_x, out[3], out[4] = ops.flexible_gradients(
+                grads @ qw, x, input_maxval, input_man, call.input_bits, input.dtype, qx if exact else None
+            )
+            out[0] = grad_x.reshape(input.shape)
+        if qx is not None:
+            grad_weight, out[5], out[6] = ops.flexible_gradients(
+                grads.t() @ qx, w, weight_maxval, weight_man, call.weight_bits, weight.dtype, qw if exact else None
+            )
+            out[1] = _nk(grad_weight, call)
         if needs[2]:
             out[2] = grads.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return tuple(grad if need else None for grad, need in zip(out, needs, strict=True))
@@ -111,29 +112,7 @@ class _FlexibleLinear(torch.autograd.Function):
 def count(x: Tensor, used: Range, counts: Tensor) -> None:
     """Raise `counts` (int64 [4]) as `ops.quantize` does: elements looked at, beyond the range, to zero, non-finite."""
     x = x.detach()
-    rows = x.reshape(-1, x.shape[-1])
-    if not rows.numel():
-        return
-    form = layout(used.man, used.bits)
-    step = form.lowest_binade * (form.magic / (1.5 * 2.0**23))  # of the lowest binade: the smallest value
-    maxval = used.maxval.detach().expand(rows.shape[0], 1)
-    tiny = (scale_of(used.maxval, form) * step).expand(rows.shape[0], 1)
-    row = torch.arange(0, rows.numel(), sample_stride(rows.numel()), device=x.device) // rows.shape[1]
-    _count(rows, maxval[row, 0], tiny[row, 0] / 2, counts)
-
-
-def _count(rows: Tensor, most: Tensor | None, lost: Tensor | None, counts: Tensor) -> None:
-    """most, lost: of each element looked at, the largest magnitude that fits and the largest that becomes 0."""
-    size = rows.reshape(-1)[:: sample_stride(rows.numel())].float().abs()
-    finite = size.isfinite()
-    nothing = torch.zeros((), dtype=torch.int64, device=rows.device)
-    seen = [
-        torch.full((), size.numel(), dtype=torch.int64, device=rows.device),
-        nothing if most is None else ((size > most) & finite).sum(),
-        nothing if lost is None else ((size > 0) & (size <= lost)).sum(),
-        (~finite).sum(),
-    ]
-    counts.add_(torch.stack(seen))
+    ops.flexible_count(x.reshape(-1, x.shape[-1]), used.maxval, used.man, used.bits, counts)
 
 
 def _nk(weight: Tensor, call: _Call) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import hf_lowprec.ops.flexible
 import hf_lowprec.ops.glu
 import hf_lowprec.ops.norm
 import hf_lowprec.ops.rotary  # noqa: F401  (the schemas)
@@ -46,3 +47,7 @@ _register("glu_backward", "glu")
 _register("glu_again", "glu")
 _register("rotary", "rotary")
 _register("rotary_backward", "rotary")
+_register("flexible", "flexible")
+_register("flexible_mm", "flexible")
+_register("flexible_gradients", "flexible")
+_register("flexible_count", "flexible")

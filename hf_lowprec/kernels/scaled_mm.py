@@ -115,7 +115,7 @@ def _emulated(
     count(f"emulated {qa.format} x {qb.format}")
     k = min(a.shape[1], b.shape[1])
     one_scale = a_scale.numel() == 1 and b_scale.numel() == 1
-    exact = _multiplies_bfloat16(a.device) and fits_bfloat16(qa, not one_scale) and fits_bfloat16(qb, not one_scale)
+    exact = multiplies_bfloat16(a.device) and fits_bfloat16(qa, not one_scale) and fits_bfloat16(qb, not one_scale)
     values = torch.bfloat16 if exact else torch.float32
     hp_a = decode(a[:, :k], None if one_scale else a_scale, qa, values)
     hp_b = decode(b[:, :k], None if one_scale else b_scale, qb, values)
@@ -154,7 +154,7 @@ def _k_major(x: Tensor) -> Tensor:
 
 
 @cache
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether torch has bfloat16 GEMMs with float32 outputs there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _BFLOAT16_SINCE
 

@@ -66,6 +66,11 @@ class Operand:
         return self.quant.scaling.granularity == "row"
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """The least and the most that `man` may be."""
+        return least_man(self.bits), self.bits - 1
+
+    @property
     def mans(self) -> list[int]:
         """The mantissa widths to choose from."""
         fmt = get_format(self.quant.format)
@@ -115,11 +120,6 @@ class Operand:
             value.copy_(least, non_blocking=True)
             arrived.record()
             self._news = arrived, value
-
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """The width within what there is, after a step."""
-        self.man.clamp_(least_man(self.bits), self.bits - 1)
 
     def to(self, device: torch.device) -> None:
         for parameter in (self.maxval, self.man):

@@ -105,6 +105,13 @@ def scale_of(maxval: Tensor, form: Layout) -> Tensor:
     return (maxval.detach().float() / form.largest).clamp(2.0**-126, 2.0**126)
 
 
+def smallest_of(maxval: Tensor, man: Tensor, bits: int) -> Tensor:
+    """The smallest value above 0, float32, of the shape of `maxval`."""
+    form = layout(man, bits)
+    step = form.lowest_binade * (form.magic / (1.5 * 2.0**23))  # of the lowest binade
+    return scale_of(maxval, form) * step
+
+
 def flexible(x: Tensor, maxval: Tensor, man: Tensor, bits: int) -> Tensor:
     """q of `x` (any float dtype), float32. Not differentiable; NaN and Inf become NaN.
 
@@ -118,7 +125,8 @@ def flexible(x: Tensor, maxval: Tensor, man: Tensor, bits: int) -> Tensor:
     magic = torch.minimum(torch.maximum(p, form.lowest_binade), form.highest_binade) * form.magic
     r = (z + magic) - magic
     r = torch.minimum(torch.maximum(r, -form.largest), form.largest)
-    return (r.copysign(z) + 0.0 * x) * scale  # Inf * 0 is NaN, and -0 + -0 is -0
+    # Inf * 0 is NaN, and -0 + -0 is -0. (The sign is x's: which zero is clipped to a range of 0 differs by device.)
+    return (r.copysign(x) + 0.0 * x) * scale
 
 
 def gradients(grad: Tensor, x: Tensor, q: Tensor, maxval: Tensor, man: Tensor, bits: int) -> Gradients:

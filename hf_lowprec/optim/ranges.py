@@ -42,7 +42,10 @@ class Operand(Protocol):
     man: torch.nn.Parameter
     found: bool
 
-    def clamp(self) -> None: ...
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The least and the most that `man` may be."""
+        ...
 
 
 class RangeTrainer:
@@ -81,16 +84,28 @@ class RangeTrainer:
             chosen = [i for i in mine if self.parameters[i][1] is is_range]
             if chosen:
                 self._adam(chosen, lr, is_range)
-        for operand in self.operands:
-            operand.clamp()
+        self._clamp()
         for parameter, _ in self.parameters:
             if id(parameter) not in theirs:
                 parameter.grad = None
+
+    def _clamp(self) -> None:
+        """Widths within what there is: two launches for all of one device and number of bits."""
+        together: dict[tuple[torch.device, int, int], list[Tensor]] = {}
+        for operand in self.operands:
+            together.setdefault((operand.man.device, *operand.widths), []).append(operand.man)
+        for (_, least, most), widths in together.items():
+            torch._foreach_clamp_min_(widths, least)
+            torch._foreach_clamp_max_(widths, most)
 
     def _adam(self, chosen: list[int], lr: float | Tensor, is_range: bool) -> None:
         """Over all of them in one vector: thousands of them cost some thirty kernels."""
         parameters = [self.parameters[i][0] for i in chosen]
         home = parameters[0].device
+        for i in chosen:  # a model that moved since: copies back and forth in each step would wait for a GPU
+            if self._moments[i][0].device != self.parameters[i][0].device:
+                first, second = (m.to(self.parameters[i][0].device) for m in self._moments[i])
+                self._moments[i] = first, second
         value, grad = _flat(parameters, home), _flat([p.grad for p in parameters if p.grad is not None], home)
         first, second = (_flat([self._moments[i][k] for i in chosen], home) for k in (0, 1))
         grad = grad * value * _LN2 if is_range else grad
