@@ -6,7 +6,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypedDict
 
-from hf_lowprec.recipe import NONE, Accumulation, Communication, Gemm, Quant, Recipe, Rounding, Scaling, States
+from hf_lowprec.recipe import (
+    NONE,
+    Accumulation,
+    Communication,
+    Gemm,
+    LossScale,
+    Quant,
+    Recipe,
+    Rounding,
+    Scaling,
+    States,
+)
 
 _POW2 = Scaling(snap="rceil")
 _SPLIT, _FAST = Accumulation(), Accumulation(fast=True)
@@ -88,6 +99,9 @@ RECIPES = (
         name="fp8-cscale",
         paper="Training and inference of LLMs using 8-bit floating point, arXiv 2309.17224, FP8-CSCALE",
         **_fp8(_STATIC, _STATIC, _STATIC),
+        # The paper trains in FP16 with a loss scale; a constant needs one in bf16, too: output gradients of a language
+        # model lie below E5M2 (recipes.json, e5m2-unscaled).
+        loss_scale=LossScale(method="static", init=1024.0),
     ),
 )
 
