@@ -225,6 +225,7 @@ def test_parameters_that_torch_saw_edited_are_not_trusted(states: str, master: s
         lambda: nn.ParameterList(params).load_state_dict(nn.ParameterList(params).state_dict()),
         lambda: setattr(params[1], "data", params[1].data.clone()),
         lambda: optimizer.load_state_dict(optimizer.state_dict()),
+        optimizer.parameters_edited,
         lambda: params.__setitem__(2, params[2]) or optimizer.state[params[2]].update(step=torch.tensor(2.0)),
     ]
     for number, edit in enumerate(edits):
