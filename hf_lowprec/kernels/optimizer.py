@@ -26,7 +26,7 @@ from hf_lowprec.codebooks import dynamic_tree
 from hf_lowprec.kernels.cells import dynamic_cells, signed32
 from hf_lowprec.kernels.kinds import CHUNK, FORMAT_NUMBERS, Kind, config_of
 from hf_lowprec.kernels.kinds import kind_of as kind_of
-from hf_lowprec.kernels.launch import Bound, Launch, launch_all
+from hf_lowprec.kernels.launch import Bound, Launch, alignments_of, launch_all
 from hf_lowprec.kernels.mirror import Mirror, capturing, int64
 from hf_lowprec.kernels.wires import (
     AMAX,
@@ -192,7 +192,8 @@ class Tables:
         self, launches: list[Launch], kernel: Any, programs: int, arguments: tuple[Tensor | int, ...],
         **constants: Any,
     ) -> None:  # fmt: skip
-        launches.append(Launch(Bound.of(kernel, self.device, **constants), programs, arguments))
+        bound = Bound.of(kernel, self.device, **constants)
+        launches.append(Launch(bound, programs, arguments, alignments_of(arguments)))
 
     def set_grads(self, grads: Sequence[int]) -> None:
         """New addresses of the gradients."""
@@ -216,6 +217,7 @@ class Tables:
         aligned = self._aligned & self._grads_aligned
         parts: list[Tensor] = [torch.zeros(0, 2, dtype=torch.int64)]
         self._launches: list[_Part] = []
+        self._last: tuple[tuple[Any, ...], list[Launch]] | None = None
         begin = 0
         for kind in dict.fromkeys(self.kinds):
             tile = config_of(kind).tile
@@ -254,30 +256,49 @@ class Tables:
         trusted: since the last step torch has counted no edit of a Parameter: one that follows a master is read only
         where a sample of it shows an edit. (A step in a CUDA graph reads them all, as does the first one.)
         """
-        from hf_lowprec.kernels.triton import optimizer as kernels
-        from hf_lowprec.kernels.triton import prepare, sample
-
         if capturing(self.device):
             trusted = False
             self._mirror.capture()
             _CAPTURED.append((self._mirror, *vars(self).values()))
         else:
             self._mirror.ready()
-        launches: list[Launch] = []
-        table, grads, groups = self._parts
-        tensors, seen = len(self.kinds), self._seen
         look = 0 if finite is not None else 2 if elementwise else 1
         amax = (look == 1 or self.predicted or self.wired) and len(self._chunks) > 0
         if amax or self._notes_amax:
-            seen.zero_()
+            self._seen.zero_()
         if amaxes is not None:
-            seen[:, AMAX] = amaxes.view(torch.int32)
-        elif amax:
+            self._seen[:, AMAX] = amaxes.view(torch.int32)
+        # Most steps launch what the last one did: nothing of it is looked up again.
+        key = (elementwise, coupled, quick, trusted, id(skipped_steps), id(skipped_elements))
+        alone = clip is None and finite is None
+        if alone and self._last is not None and self._last[0] == key:
+            launches = self._last[1]  # which keep the counters alive, and so their ids
+        else:
+            launches = self._made(
+                look, amax, clip, finite, elementwise, coupled, quick, skipped_steps, skipped_elements,
+                given=amaxes is not None, trusted=trusted,
+            )  # fmt: skip
+            self._last = (key, launches) if alone else None
+        launch_all(launches, self.device)
+        return self._finite
+
+    def _made(
+        self, look: int, amax: bool, clip: Tensor | None, finite: Tensor | None, elementwise: bool, coupled: bool,
+        quick: bool, skipped_steps: Tensor, skipped_elements: Tensor, *, given: bool, trusted: bool,
+    ) -> list[Launch]:  # fmt: skip
+        """The launches of a `step`. given: it got `amaxes`."""
+        from hf_lowprec.kernels.triton import optimizer as kernels
+        from hf_lowprec.kernels.triton import prepare, sample
+
+        launches: list[Launch] = []
+        table, grads, groups = self._parts
+        tensors, seen = len(self.kinds), self._seen
+        if amax and not given:
             self._queue(
                 launches, prepare.amax_kernel, len(self._chunks), (self._chunks, table, grads, seen, self._scalars),
                 WIRED=self.wired, SAMPLE=self._follows, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
             )  # fmt: skip
-        if self._follows and (amaxes is not None or not amax) and len(self._chunks):
+        if self._follows and (given or not amax) and len(self._chunks):
             self._queue(
                 launches, sample.sample_kernel, len(self._chunks), (self._chunks, table, self._scalars),
                 CHUNK=CHUNK, num_warps=_SAMPLE_WARPS,
@@ -319,5 +340,4 @@ class Tables:
             )  # fmt: skip
         if self.wired:
             launches.append(observation(table, seen, tensors, self.device))
-        launch_all(launches, self.device)
-        return self._finite
+        return launches

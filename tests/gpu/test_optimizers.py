@@ -333,12 +333,16 @@ def model_like(count: int) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("count", [90, 2000])
-@pytest.mark.parametrize("states", ["8bit", "fp8-lm"])
-def test_a_step_is_a_few_kernels(states: str, count: int) -> None:
+@pytest.mark.parametrize(
+    "states, options",
+    [("8bit", {}), ("fp8-lm", {}), ("8bit", {"master": "fp32"}), ("fp8", {"master": "fp32", "nonfinite": "element"})],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value,
+)
+def test_a_step_is_a_few_kernels(states: str, options: dict[str, str], count: int) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     params = model_like(count)
-    optimizer = AdamW(two_groups(params), states=states)
+    optimizer = AdamW(two_groups(params), states=states, **options)
     for _ in range(2):
         optimizer.step()
     torch.cuda.synchronize()
