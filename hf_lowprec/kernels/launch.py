@@ -54,18 +54,21 @@ class Bound:
 
 
 class Launch(NamedTuple):
+    """alignments: `alignments_of` the arguments, if they are known already."""
+
     bound: Bound
     programs: int
     arguments: tuple[Tensor | int, ...]
+    alignments: tuple[bool, ...] | None = None
 
 
 def launch_all(launches: Sequence[Launch], device: torch.device) -> None:
     """Launches in this order."""
-    alignments = [_alignments(launch.arguments) for launch in launches]
+    alignments = [launch.alignments or alignments_of(launch.arguments) for launch in launches]
     fresh = [launch for launch, key in zip(launches, alignments, strict=True) if key not in launch.bound.launched]
     if len(fresh) > 1 and device.type == "cuda":
         _compile_together(fresh)
-    for (bound, programs, arguments), key in zip(launches, alignments, strict=True):
+    for (bound, programs, arguments, _), key in zip(launches, alignments, strict=True):
         bound.launch(programs, arguments, key)
 
 
@@ -92,6 +95,6 @@ def _compile_together(launches: Sequence[Launch]) -> None:
         list(pool.map(build_launcher, kernels))
 
 
-def _alignments(arguments: Sequence[Tensor | int]) -> tuple[bool, ...]:
+def alignments_of(arguments: Sequence[Tensor | int]) -> tuple[bool, ...]:
     """Which are at multiples of 16 bytes: what Triton compiles kernels for."""
     return tuple(isinstance(arg, int) or arg.data_ptr() % 16 == 0 for arg in arguments)

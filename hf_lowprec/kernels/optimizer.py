@@ -5,7 +5,8 @@
 again only where something has changed: rows when an address did, gradients' addresses when one did, hyperparameters
 when one did. Copies come from pinned memory and nobody waits for them. A step is then at most
 
-    amax (if the step looks at all gradients first) + prepare + one launch per kind of tensor (+ mu of the gradients)
+    amax (if the step looks at all gradients first; else a sample of the Parameters that follow masters, if any do)
+    + prepare + one launch per kind of tensor (+ mu of the gradients)
 
 Kinds differ in dtypes and states; a tensor whose addresses are not aligned, and the last chunk of one whose length is
 no multiple of a tile, are a kind of their own, that loads element by element.
@@ -25,7 +26,7 @@ from hf_lowprec.codebooks import dynamic_tree
 from hf_lowprec.kernels.cells import dynamic_cells, signed32
 from hf_lowprec.kernels.kinds import CHUNK, FORMAT_NUMBERS, Kind, config_of
 from hf_lowprec.kernels.kinds import kind_of as kind_of
-from hf_lowprec.kernels.launch import Bound, Launch, launch_all
+from hf_lowprec.kernels.launch import Bound, Launch, alignments_of, launch_all
 from hf_lowprec.kernels.mirror import Mirror, capturing, int64
 from hf_lowprec.kernels.wires import (
     AMAX,
@@ -41,7 +42,11 @@ from hf_lowprec.kernels.wires import carries as carries
 from hf_lowprec.numerics.compand import softsign_inverse
 
 _PREPARED, _PREPARED_WARPS = 64, 2  # tensors per program of `prepare_kernel`
-_GROUP_COLUMNS, _SCALARS = 16, 32
+_GROUP_COLUMNS, _SCALARS, _EDITED = 16, 32, 19  # columns, and one of those of `_SCALARS`
+# `T_FOLLOWS`, by master and Parameter; larger tensors than this are sampled, others always read.
+_FOLLOWS = {("fp32", "bf16"): 1, ("fp32", "fp16"): 2, ("fp16p", "bf16"): 3, ("fp16p", "fp16"): 4}
+SAMPLED_ABOVE = 1 << 16
+_SAMPLE_WARPS = 4
 
 
 class Row(NamedTuple):
@@ -157,12 +162,17 @@ class Tables:
         places = self._counts.cumsum(0) - self._counts
         numbers = [wire_numbers(*one) for one in zip(self._wires, self._numel.tolist(), strict=True)]
         self._starts = torch.tensor([row.start for row in rows], dtype=torch.int64)
-        self._table = torch.cat([table, places[:, None], torch.tensor(numbers), self._starts[:, None]], 1)
+        follows = torch.tensor([_FOLLOWS.get((kind.master, kind.param), 0) for kind in self.kinds])
+        self._follows = bool(follows.any())
+        follows = torch.where(self._numel > SAMPLED_ABOVE, follows, 0)
+        columns = [places[:, None], torch.tensor(numbers), self._starts[:, None], follows[:, None]]
+        self._table = torch.cat([table, *columns], 1)
         self._aligned = ((table[:, [0, 1, 3, 5]] & 15) == 0).all(1)
         self._arrange(int64(grads), torch.tensor(groups, dtype=torch.int64))
         self._seen = torch.zeros(len(rows), SEEN, dtype=torch.int32, device=device)
         self._notes_amax = amax
         self._scalars = torch.zeros(len(rows), _SCALARS, dtype=torch.int32, device=device)
+        self._scalars[:, _EDITED] = 1  # until the first step that is not skipped
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         sums = int(self._counts.sum()) if algorithm == "stable_adam" else 0
         self._sums = torch.empty(sums, dtype=torch.float64, device=device)
@@ -182,7 +192,8 @@ class Tables:
         self, launches: list[Launch], kernel: Any, programs: int, arguments: tuple[Tensor | int, ...],
         **constants: Any,
     ) -> None:  # fmt: skip
-        launches.append(Launch(Bound.of(kernel, self.device, **constants), programs, arguments))
+        bound = Bound.of(kernel, self.device, **constants)
+        launches.append(Launch(bound, programs, arguments, alignments_of(arguments)))
 
     def set_grads(self, grads: Sequence[int]) -> None:
         """New addresses of the gradients."""
@@ -206,6 +217,7 @@ class Tables:
         aligned = self._aligned & self._grads_aligned
         parts: list[Tensor] = [torch.zeros(0, 2, dtype=torch.int64)]
         self._launches: list[_Part] = []
+        self._last: tuple[tuple[Any, ...], list[Launch]] | None = None
         begin = 0
         for kind in dict.fromkeys(self.kinds):
             tile = config_of(kind).tile
@@ -234,44 +246,71 @@ class Tables:
 
     def step(
         self, *, clip: Tensor | None, finite: Tensor | None, elementwise: bool, coupled: bool, quick: bool,
-        skipped_steps: Tensor, skipped_elements: Tensor, amaxes: Tensor | None = None,
+        skipped_steps: Tensor, skipped_elements: Tensor, amaxes: Tensor | None = None, trusted: bool = False,
     ) -> Tensor:  # fmt: skip
         """Runs the kernels and returns whether the step was finite, 0-d bool.
 
         clip: float32 0-d. finite: 0-d bool that decides; None: the gradients do (or only `clip`, if `elementwise`),
         and a step that is skipped is counted. coupled: whether the decay of any group joins the gradient. quick: see
         `root_and_quotient`. amaxes: float32 [rows], of gradients that other ranks have parts of; with `finite` only.
+        trusted: since the last step torch has counted no edit of a Parameter: one that follows a master is read only
+        where a sample of it shows an edit. (A step in a CUDA graph reads them all, as does the first one.)
         """
-        from hf_lowprec.kernels.triton import optimizer as kernels
-        from hf_lowprec.kernels.triton import prepare
-
         if capturing(self.device):
+            trusted = False
             self._mirror.capture()
             _CAPTURED.append((self._mirror, *vars(self).values()))
         else:
             self._mirror.ready()
-        launches: list[Launch] = []
-        table, grads, groups = self._parts
-        tensors, seen = len(self.kinds), self._seen
         look = 0 if finite is not None else 2 if elementwise else 1
         amax = (look == 1 or self.predicted or self.wired) and len(self._chunks) > 0
         if amax or self._notes_amax:
-            seen.zero_()
+            self._seen.zero_()
         if amaxes is not None:
-            seen[:, AMAX] = amaxes.view(torch.int32)
-        elif amax:
+            self._seen[:, AMAX] = amaxes.view(torch.int32)
+        # Most steps launch what the last one did: nothing of it is looked up again.
+        key = (elementwise, coupled, quick, trusted, id(skipped_steps), id(skipped_elements))
+        alone = clip is None and finite is None
+        if alone and self._last is not None and self._last[0] == key:
+            launches = self._last[1]  # which keep the counters alive, and so their ids
+        else:
+            launches = self._made(
+                look, amax, clip, finite, elementwise, coupled, quick, skipped_steps, skipped_elements,
+                given=amaxes is not None, trusted=trusted,
+            )  # fmt: skip
+            self._last = (key, launches) if alone else None
+        launch_all(launches, self.device)
+        return self._finite
+
+    def _made(
+        self, look: int, amax: bool, clip: Tensor | None, finite: Tensor | None, elementwise: bool, coupled: bool,
+        quick: bool, skipped_steps: Tensor, skipped_elements: Tensor, *, given: bool, trusted: bool,
+    ) -> list[Launch]:  # fmt: skip
+        """The launches of a `step`. given: it got `amaxes`."""
+        from hf_lowprec.kernels.triton import optimizer as kernels
+        from hf_lowprec.kernels.triton import prepare, sample
+
+        launches: list[Launch] = []
+        table, grads, groups = self._parts
+        tensors, seen = len(self.kinds), self._seen
+        if amax and not given:
             self._queue(
-                launches, prepare.amax_kernel, len(self._chunks), (self._chunks, table, grads, seen),
-                WIRED=self.wired, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
+                launches, prepare.amax_kernel, len(self._chunks), (self._chunks, table, grads, seen, self._scalars),
+                WIRED=self.wired, SAMPLE=self._follows, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
+            )  # fmt: skip
+        if self._follows and (given or not amax) and len(self._chunks):
+            self._queue(
+                launches, sample.sample_kernel, len(self._chunks), (self._chunks, table, self._scalars),
+                CHUNK=CHUNK, num_warps=_SAMPLE_WARPS,
             )  # fmt: skip
         flag = self._finite.view(torch.uint8)
         self._queue(
             launches, prepare.prepare_kernel, -(-tensors // _PREPARED),
             (table, groups, seen, self._scalars, flag if finite is None else finite.view(torch.uint8),
-             self._scalars if clip is None else clip, flag, skipped_steps, tensors),
+             self._scalars if clip is None else clip, flag, skipped_steps, tensors, int(trusted)),
             ALGORITHM=self.algorithm, LOOK=look, CLIP=clip is not None, PREDICTED=self.predicted, WIRED=self.wired,
-            FIRST_STREAM=5 if self.algorithm == "sgd" else 0, BLOCK=_PREPARED, num_warps=_PREPARED_WARPS,
-            enable_fp_fusion=False,
+            FOLLOWS=self._follows, FIRST_STREAM=5 if self.algorithm == "sgd" else 0, BLOCK=_PREPARED,
+            num_warps=_PREPARED_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         fast_cast = native(self.device)
         if self.algorithm == "stable_adam":
@@ -301,5 +340,4 @@ class Tables:
             )  # fmt: skip
         if self.wired:
             launches.append(observation(table, seen, tensors, self.device))
-        launch_all(launches, self.device)
-        return self._finite
+        return launches

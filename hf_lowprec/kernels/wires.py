@@ -20,7 +20,7 @@ from hf_lowprec.kernels.mirror import Mirror, capturing, int64
 from hf_lowprec.recipe import Quant, Scaling
 
 # Columns of the kernels' tables, see `triton/columns.py`.
-COLUMNS = 24
+COLUMNS = 25
 WIRE_COLUMNS = slice(16, 23)
 SEEN, AMAX, FINITE, EXTREMES = 4, 0, 1, 2  # columns of what the kernels saw: how many, and some of them
 AMAX_TILE, AMAX_WARPS = 2048, 8
@@ -147,8 +147,10 @@ class Exchange:
         count, tensors = len(chunks), len(grads)
         self._seen.zero_()
         look = Launch(
-            Bound.of(amax_kernel, self.device, WIRED=True, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS),
-            count, (chunks, table, pointers, self._seen),
+            Bound.of(
+                amax_kernel, self.device, WIRED=True, SAMPLE=False, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
+            ),
+            count, (chunks, table, pointers, self._seen, self._seen),
         )  # fmt: skip
         cast = Launch(
             Bound.of(

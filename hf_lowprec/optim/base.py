@@ -405,6 +405,12 @@ class LowPrecOptimizer(Optimizer):
             self._fused = _kernels().Fused(self)
         self._fused.step(self.algorithm, items, clip, finite, amaxes)
 
+    def parameters_edited(self) -> None:
+        """Says that Parameters were written in a way that torch does not count (in place through `.data`, by kernels
+        of others): the next step looks at every element. Without it a few edited elements of a large tensor with a
+        separate master may go unnoticed (docs/optimizers.md, Masters)."""
+        self._forget()
+
     def note_amax(self) -> None:
         """From now on steps note what `weight_amax` gives."""
         if not self.notes_amax:

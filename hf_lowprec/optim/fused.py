@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hf_lowprec.kernels.mirror import capturing
 from hf_lowprec.kernels.optimizer import Row, Tables, group_numbers, kind_of, row
 from hf_lowprec.optim.algorithms import Item, adam_ratio
 from hf_lowprec.optim.slots import is_predicted, padded_width
 from hf_lowprec.optim.weights import layout
-from hf_lowprec.recipe import Quant, States
+from hf_lowprec.recipe import Quant, Residual, States
 
 if TYPE_CHECKING:
     from hf_lowprec.optim.base import LowPrecOptimizer
@@ -165,8 +166,6 @@ class Again:
         self._dtypes = list(map(_GRAD_DTYPE, batch.items))
         mine = set(map(id, self._keys))
         self._idle = [item.key for item in everything if id(item.key) not in mine]
-        self._watched = [item.param for item in batch.items if item.version >= 0]
-        self._versions = list(map(_VERSION, self._watched))
 
     def gradients(self) -> tuple[list[Tensor], list[int]] | None:
         """Of all Parameters of the batch, and their addresses; None: somebody has to look at them one by one."""
@@ -178,7 +177,7 @@ class Again:
         if (
             list(map(_DTYPE, grads)) != self._dtypes
             or any(map(operator.is_not, map(_GRAD, self._idle), repeat(None)))
-            or list(map(_VERSION, self._watched)) != self._versions
+            or not self.batch.unedited()
             or not self.batch.unchanged()
         ):
             return None
@@ -208,6 +207,7 @@ class _Batch:
         self._hyper: list[tuple[int, ...]] = []
         self._keeps: list[bool] = []
         self._coupled = self._quick = False
+        self._versions: list[int] | None = None
         self._read()
 
     def same(self, items: Sequence[Item], wired: bool) -> bool:
@@ -235,6 +235,14 @@ class _Batch:
         for quantizer in self._quantizers:
             quantizer.to(self.device)
         self._marks = [quantizer.marks() for quantizer in self._quantizers]
+        # Parameters that follow a master: operators on a DTensor count on it, those on its rows on them.
+        followers = [item for item in self.items if _follows(item)]
+        self._watched = list(chain.from_iterable({id(p): p for p in (i.param, i.key)}.values() for i in followers))
+        self._versions = None
+
+    def unedited(self) -> bool:
+        """Whether torch has counted no edit, since the last step, of a Parameter that follows a master."""
+        return list(map(_VERSION, self._watched)) == self._versions
 
     def unchanged(self) -> bool:
         """Whether Parameters, states and wires are where the tables have them."""
@@ -263,6 +271,7 @@ class _Batch:
         if self._tables is None or keeps != self._keeps or not (unchanged or self.unchanged()):
             self._read()
             self._tables = self._make(addresses, groups, keeps)
+            unchanged = False
             self._grads, self._keeps = addresses, keeps
         elif addresses != self._grads:
             self._tables.set_grads(addresses)
@@ -274,6 +283,8 @@ class _Batch:
             self._quick = all(_quick(group.values) for group in self._groups)
         for i, copy in self.copies.items():
             copy.copy_(self._params[i].detach())
+        trusted = unchanged or self.unedited()
+        versions, self._versions = self._versions, None  # of a step that raises nobody knows what it has done
         out = self._tables.step(
             clip=clip,
             finite=finite,
@@ -283,9 +294,12 @@ class _Batch:
             quick=self._quick,
             skipped_steps=skipped_steps,
             skipped_elements=skipped_elements,
+            trusted=trusted,
         )
         for i, copy in self.copies.items():
             self._params[i].detach().copy_(copy)
+        if not capturing(self.device):  # which runs nothing
+            self._versions = versions if trusted and not self.copies else list(map(_VERSION, self._watched))
         return out
 
     def _make(self, grads: list[int], groups: list[tuple[int, ...]], keeps: list[bool]) -> Tables:
@@ -314,6 +328,12 @@ def _identical(found: list[Any], known: list[Any]) -> bool:
             return found == known
     except LookupError:
         return False
+
+
+def _follows(item: Item) -> bool:
+    """Whether a separate master alone says what its Parameter holds."""
+    master = item.slots.get("master")
+    return master is not None and not isinstance(master, Residual)
 
 
 def _wire(item: Item) -> Any:

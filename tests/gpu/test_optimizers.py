@@ -266,6 +266,59 @@ def test_a_tensor_beyond_32_bit_offsets(states: str, monkeypatch: pytest.MonkeyP
     torch.cuda.empty_cache()
 
 
+# --- Parameters that somebody edits ---------------------------------------------------------------------------------
+
+
+def edit_all(params: list[nn.Parameter], how: str) -> None:
+    with torch.no_grad():
+        for p in params:
+            if how == "copy_":
+                p.copy_(p * 1.5)
+            elif how == "item":  # outside of the sample
+                p.view(-1)[40:41] = 0.0625
+            elif how == "data":
+                p.data.mul_(1.5)
+            elif how == "row":
+                p.data.view(-1)[1000:2121] = 0.0625
+            elif how == "moved":
+                p.data = p.data * 1.5
+
+
+@pytest.mark.parametrize("how", ["copy_", "item", "data", "row", "moved", "skipped"])
+@pytest.mark.parametrize("master, states", [("default", "fp8-lm"), ("fp32", "8bit"), ("fp16-scaled", "fp8")])
+def test_an_edited_parameter_wins(master: str, states: str, how: str) -> None:
+    """Large ones (sampled), with ends of tiles, and small ones (always read)."""
+    sets: Sets = []
+    for device in ("cpu", "cuda"):
+        params = []
+        for i, shape in enumerate([(1024, 128), (131_083,), (33, 157), (64,), (257, 300)]):
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.02
+            params.append(nn.Parameter(values.to(device, FP16 if i == 4 else BF16)))
+        sets.append((params, AdamW(two_groups(params), states=states, master=master)))
+    for step in range(6):
+        for params, optimizer in sets:
+            set_gradients(params, step)
+            if step in (2, 4):
+                edit_all(params, "item" if how == "skipped" else how)
+            if how == "skipped" and step == 2:  # the edit is for the next step to see
+                params[0].grad.view(-1)[7] = float("nan")
+            optimizer.step()
+        assert_same(sets)
+
+
+def test_a_parameter_that_nobody_edited_is_not_read() -> None:
+    """What the sample and torch's count do not see goes unnoticed, as the documentation says."""
+    params = [nn.Parameter(torch.full((1 << 17,), 0.02, device="cuda", dtype=BF16)) for _ in range(2)]
+    for p in params:
+        optimizer = AdamW([p], states="fp8-lm")
+        for step in range(3):
+            if step == 2 and p is params[0]:
+                p.data[40] = 0.5
+            set_gradients([p], step)
+            optimizer.step()
+    assert same_bits(*params)
+
+
 # --- what a step costs ----------------------------------------------------------------------------------------------
 
 
@@ -280,12 +333,16 @@ def model_like(count: int) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("count", [90, 2000])
-@pytest.mark.parametrize("states", ["8bit", "fp8-lm"])
-def test_a_step_is_a_few_kernels(states: str, count: int) -> None:
+@pytest.mark.parametrize(
+    "states, options",
+    [("8bit", {}), ("fp8-lm", {}), ("8bit", {"master": "fp32"}), ("fp8", {"master": "fp32", "nonfinite": "element"})],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value,
+)
+def test_a_step_is_a_few_kernels(states: str, options: dict[str, str], count: int) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     params = model_like(count)
-    optimizer = AdamW(two_groups(params), states=states)
+    optimizer = AdamW(two_groups(params), states=states, **options)
     for _ in range(2):
         optimizer.step()
     torch.cuda.synchronize()
@@ -303,6 +360,20 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("states, master", [("fp8-lm", "default"), ("8bit", "fp32")])
+def test_edited_parameters_make_no_step_wait(states: str, master: str) -> None:
+    params = [nn.Parameter(torch.randn(300, 300, device="cuda").to(BF16)) for _ in range(3)]
+    optimizer = AdamW(params, states=states, master=master)
+    for step in range(5):
+        set_gradients(params, step)
+        if step < 2:
+            optimizer.step()
+            continue
+        with no_synchronisation():
+            edit_all(params, "copy_" if step == 2 else "data")
+            optimizer.step()
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

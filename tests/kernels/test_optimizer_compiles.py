@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "compact": {"states": "compact"},
     "4bit": {"states": "4bit"},
     "fp8-lm": {"states": "fp8-lm"},
+    "master": {"states": "8bit", "master": "fp32", "nonfinite": "element"},
 }
 WIRED = "fp8-lm"  # gradients pass through the communication format, and amaxes are noted
 

@@ -76,6 +76,26 @@ CASES: dict[str, dict[str, Any]] = {
     "amax compact": {"states": "compact", "amax": True, "wire": 1},
     "amax master fp32": {"master": "fp32", "amax": True, "dtypes": [B, H]},
     "amax, one NaN": {"amax": True, "spoil": 1, "dtypes": [B, F]},
+    # Parameters that somebody edits before the second step, all of them sampled and not just the large ones.
+    **{
+        f"edited by {how}, {master}": {"states": states, "master": master, "edit": how, **options}
+        for how in ("copy_", "item", "data", "row", "unseen", "nobody")
+        for master, states, options in (
+            ("default", "fp8-lm", {}),
+            ("fp32", "8bit", {"dtypes": [B, H]}),
+            ("fp16-scaled", "8bit", {"skew": True}),
+        )
+    },
+    "edited by item in a skipped step": {"states": "fp8-lm", "edit": "item", "spoil": 1},
+    "edited by data in a skipped step": {"states": "fp8-lm", "edit": "data", "spoil": 1},
+    "edited by row, by element": {"master": "fp32", "edit": "row", "nonfinite": "element", "spoil": 2},
+    "edited by item, by element": {"master": "fp32", "edit": "item", "nonfinite": "element", "spoil": 1},
+    "edited by data, wired": {"states": "fp8-lm", "edit": "data", "wire": 1, "amax": True},
+    "edited by data, L2": {"make": "Adam", "states": "fp8-lm", "edit": "data", "weight_decay": 0.1},
+    "edited by data, strided": {"states": "fp8-lm", "edit": "data", "strided": True},
+    "edited by data, Lion": {"make": "Lion", "states": "fp8-lm", "edit": "data"},
+    "edited by data, part": {"states": "fp8-lm", "edit": "data", "start": 5120},
+    "edited by item, large and small": {"states": "fp8-lm", "edit": "item", "sizes": [65537, 300], "above": 1 << 16},
     "amax Lion, eps of 0": {"make": "Lion", "amax": True},
 }
 CASES["AdamW compact fp16"]["master"] = "sr"  # a residual needs bfloat16
@@ -93,6 +113,8 @@ QUICK = (
     "mixed dtypes and groups", "clip", "one NaN", "by element", "not contiguous", "not aligned", "Adam L2",
     "Lion 8bit", "StableAdamW 8bit", "SGD 8bit", "SGD plain", "wired fp8-lm bf16", "wired, several ranks, clip",
     "wired, one NaN", "wired, by element", "part", "part fp8-lm", "amax 8bit", "amax compact", "amax, one NaN",
+    *(f"edited by {how}, default" for how in ("copy_", "item", "data", "row", "unseen")), "edited by row, fp32",
+    "edited by item in a skipped step", "edited by item, by element", "edited by data, wired",
 )  # fmt: skip
 
 
@@ -126,14 +148,16 @@ def check(
     make: str = "AdamW", states: str = "8bit", *, sizes: list[int] | None = None,
     dtypes: list[torch.dtype] | None = None, clip: float | None = None, spoil: int | None = None,
     groups: bool = False, strided: bool = False, skew: bool = False, wire: int = 0, amax: bool = False, start: int = 0,
-    **options: Any,
+    edit: str = "", above: int = 0, **options: Any,
 ) -> None:  # fmt: skip
     """Two steps of the truth and of the kernels; AssertionError names what differs.
 
     wire: gradients pass through the communication format, as of one of so many ranks. amax: of the new Parameters.
     start: where the tensors lie in whole ones, whose gradients are ten times as large elsewhere.
+    edit: see `edited`; three steps then, and tensors of more than `above` elements are sampled.
     """
     from hf_lowprec import optim
+    from hf_lowprec.kernels import optimizer as tables_module
     from hf_lowprec.kernels.optimizer import Tables
     from hf_lowprec.optim import fused
 
@@ -149,8 +173,12 @@ def check(
     if amax:
         sets[1][1].note_amax()
     factor = None if clip is None else torch.tensor(clip)
-    for step in range(2):
-        for params, _ in sets:
+    if edit:
+        tables_module.SAMPLED_ABOVE = above
+    for step in range(3 if edit else 2):
+        for which, (params, _) in enumerate(sets):
+            if step == 1:
+                edited(params, edit, kernels=which == 1)
             set_gradients(params, step, spoil)
         amaxes = None
         if start:
@@ -174,6 +202,23 @@ def check(
             a, b = (getattr(quantizer, name).tolist() for quantizer in quantizers)
             assert a == b, f"step {step}: {name} is {b}, not {a}"
     assert len(made) == 1 and made[0].wired == bool(wire)
+
+
+def edited(params: list[nn.Parameter], how: str, *, kernels: bool) -> None:
+    """Writes to Parameters. item: one element, outside of the sample, by an operator that torch counts. unseen: the
+    same through `.data`, which goes unnoticed: the truth, which would see it, is not told, and has the same bits."""
+    with torch.no_grad():
+        for p in params:
+            if how == "copy_":
+                p.copy_(p * 1.5)
+            elif how == "item":
+                p.view(-1)[40:41] = 0.0625
+            elif how == "data":
+                p.data.mul_(1.5)
+            elif how == "row":
+                p.data.view(-1)[1000:2121] = 0.0625
+            elif how == "unseen" and kernels:
+                p.data.view(-1)[40] = 0.0625
 
 
 def step_of_parts(optimizer: Any, start: int) -> torch.Tensor:
@@ -274,12 +319,16 @@ def compare(truth: Any, found: Any, where: str) -> None:
 
 def serve() -> None:
     """Reads names of cases, answers with an error or null, until there is no more input."""
+    from hf_lowprec.kernels import optimizer
+
     interpreter.mend()
     torch.set_num_threads(1)
+    sampled_above = optimizer.SAMPLED_ABOVE
     for line in sys.stdin:
         error = None
         try:
             name = json.loads(line)
+            optimizer.SAMPLED_ABOVE = sampled_above
             if name in EXCHANGES:
                 check_exchange(**EXCHANGES[name])
             else:

@@ -207,6 +207,85 @@ def test_an_edited_parameter_widens_its_master() -> None:
     assert again(optimizer) and len(Tables.made) == 1
 
 
+@pytest.mark.parametrize("states, master", [("fp8-lm", "default"), ("8bit", "fp32"), ("8bit", "fp16-scaled")])
+def test_parameters_that_torch_saw_edited_are_not_trusted(states: str, master: str) -> None:
+    """Where a master alone says what they hold; the step after that trusts them again."""
+    params, optimizer = made(states, master=master)
+
+    def trusted() -> bool:
+        step(params, optimizer)
+        return Tables.made[-1].arguments["trusted"]
+
+    assert trusted()
+    edits: list[Callable[[], Any]] = [
+        lambda: params[1].copy_(torch.ones(64, 65)),
+        lambda: params[1].detach().mul_(2),
+        lambda: torch._foreach_add_(params[:2], 1.0),
+        lambda: params[3][2:5].zero_(),
+        lambda: nn.ParameterList(params).load_state_dict(nn.ParameterList(params).state_dict()),
+        lambda: setattr(params[1], "data", params[1].data.clone()),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+        optimizer.parameters_edited,
+        lambda: params.__setitem__(2, params[2]) or optimizer.state[params[2]].update(step=torch.tensor(2.0)),
+    ]
+    for number, edit in enumerate(edits):
+        with torch.no_grad():
+            edit()
+        assert not trusted(), number
+        assert trusted() and trusted(), number
+    with torch.inference_mode():
+        params[1].mul_(2)
+    assert not trusted() and trusted()
+
+
+def test_an_edit_is_not_forgotten_by_lists_of_gradients_that_come_and_go() -> None:
+    params, optimizer = made()
+    trusts = []
+    for missing, edit in ((1, False), (None, False), (1, False), (1, True), (1, False), (None, False), (None, False)):
+        if edit:
+            with torch.no_grad():
+                params[0].mul_(2)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if missing is not None:
+            params[missing].grad = None
+        optimizer.step()
+        trusts.append(
+            next(t for t in Tables.made if len(t.rows) == (5 if missing is None else 4)).arguments["trusted"]
+        )
+    # The first step of the list without one; the edit, for that list and then for the whole one.
+    assert trusts == [False, True, True, False, True, False, True]
+
+
+def test_a_step_that_raised_or_was_captured_settles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer = made()
+
+    def fails(self: Tables, **arguments: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tables, "step", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(params, optimizer)
+    step(params, optimizer)
+    assert not Tables.made[0].arguments["trusted"]
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "capturing", lambda device: True)
+        step(params, optimizer)
+    step(params, optimizer)
+    assert not Tables.made[0].arguments["trusted"]
+    step(params, optimizer)
+    assert Tables.made[0].arguments["trusted"]
+
+
+def test_residuals_and_parameters_without_masters_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer = made("compact")
+    monkeypatch.setattr(optimizer, "_collect", lambda *_, **__: pytest.fail("it looked at each parameter"))
+    with torch.no_grad():
+        params[1].mul_(2)
+    step(params, optimizer)
+
+
 def test_other_gradients_are_looked_at() -> None:
     params, optimizer = made(states="8bit")
     for p in params:

@@ -3,7 +3,7 @@
 
     chunks    int32 [chunks, 2]     2 * tensor + careful, and the number of the chunk in it; a program takes one.
                                     careful: addresses or lengths that `codecs` cannot move as words
-    table     int64 [tensors, 24]   addresses and facts, see the names `T_...`
+    table     int64 [tensors, 25]   addresses and facts, see the names `T_...`
     grads     int64 [tensors]       addresses of the gradients, which change more often than the rest
     groups    int64 [groups, 16]    hyperparameters, most of them the bits of a float64, see `G_...`
     scalars   int32 [tensors, 32]   what `prepare_kernel` computes, most of it float32, see `S_...`
@@ -43,7 +43,10 @@ T_WIRE_GROWTH = tl.constexpr(20)
 T_WIRE_UPPER = tl.constexpr(21)
 T_WIRE_LIMIT = tl.constexpr(22)  # bits of a float32: more saturated codes than that halve mu
 T_START = tl.constexpr(23)  # of a shard: its first element's number in the whole tensor
-T_COLUMNS = tl.constexpr(24)
+# Whether a separate master alone says what the Parameter holds, unless somebody edited it, and how: 0 no, or so few
+# elements that they are always looked at; else 1 + (float16 Parameter) + 2 * (scaled float16 master)
+T_FOLLOWS = tl.constexpr(24)
+T_COLUMNS = tl.constexpr(25)
 
 # columns of `groups`
 G_LR = tl.constexpr(0)  # a float64, or the address of a tensor
@@ -78,6 +81,8 @@ S_MASTER_NEW = tl.constexpr(15)
 S_FLOOR = tl.constexpr(16)  # StableAdamW: eps^2
 S_WIRE = tl.constexpr(17)  # the scale of the gradient's codes and its inverse; 0: the gradient passes as it is
 S_WIRE_INVERSE = tl.constexpr(18)
+S_EDITED = tl.constexpr(19)  # kept from step to step: whether the Parameter may be another than its master's cast
+S_READ = tl.constexpr(20)  # whether this step reads a Parameter that follows a master
 S_KEYS = tl.constexpr(24)  # pairs of hash keys: first moment, second moment, master or Parameter
 S_COLUMNS = tl.constexpr(32)
 

@@ -2,6 +2,7 @@
 """One optimizer step of all tensors of a device in a few launches: `optim.algorithms`, bit for bit.
 
     amax_kernel      largest |gradient| of every tensor                 only where somebody needs it
+    sample_kernel    which Parameters were edited                       where they follow masters and amax did not look
     prepare_kernel   is the step finite; scalars of every tensor; scales that are predicted; step += 1
     square_kernel    StableAdamW: sums of g^2 / max(v, eps^2), one per chunk
     rate_kernel      StableAdamW: learning rates from these sums, in a fixed order
@@ -37,6 +38,7 @@ from hf_lowprec.kernels.triton.columns import (
     S_MASTER_OLD,
     S_NESTEROV,
     S_RATE,
+    S_READ,
     S_SECOND_NEW,
     S_SECOND_OLD,
     S_SHRINK,
@@ -185,6 +187,7 @@ def step_kernel(
     master_base = tl.load(row + T_MASTER)
 
     shard_start = tl.load(row + T_START)
+    read = tl.load(scalars + S_READ) != 0
     gain = scalar_of(scalars, S_GAIN)
     shrink = scalar_of(scalars, S_SHRINK)
     rate = scalar_of(scalars, S_RATE)
@@ -239,7 +242,8 @@ def step_kernel(
             skips += tl.sum(tl.reshape(count_large(g), [ROWS, BLOCK // EACH, EACH]), 2)
         g = g * gain
         if COUPLED:
-            w = weight(param_words, master_words, master_old, PARAM, MASTER, FAST)
+            w = weight(param_words, master_words, master_old, read, param_base, begin, tile, left, PARAM, MASTER,
+                       EACH, FAST)  # fmt: skip
             g = tl.where(decay != 0, w * decay + g, g)
         if SECOND != "none":
             v = moment(second_words, second_scale, second_old, tables, beyond, SECOND, FAST)
@@ -258,7 +262,8 @@ def step_kernel(
 
         if FIRST != "none":
             m = moment(first_words, first_scale, first_old, tables, beyond, FIRST, FAST)
-        w = weight(param_words, master_words, master_old, PARAM, MASTER, FAST)
+        w = weight(param_words, master_words, master_old, read, param_base, begin, tile, left, PARAM, MASTER,
+                   EACH, FAST)  # fmt: skip
         old_w = w
         if SECOND != "none":
             old_m = m

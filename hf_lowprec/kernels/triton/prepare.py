@@ -30,6 +30,7 @@ from hf_lowprec.kernels.triton.columns import (
     S_COLUMNS,
     S_CORRECTION,
     S_DECAY,
+    S_EDITED,
     S_EPS,
     S_FIRST_OLD,
     S_FLOOR,
@@ -41,6 +42,7 @@ from hf_lowprec.kernels.triton.columns import (
     S_MASTER_OLD,
     S_NESTEROV,
     S_RATE,
+    S_READ,
     S_SECOND_OLD,
     S_SHRINK,
     S_WIRE,
@@ -49,6 +51,7 @@ from hf_lowprec.kernels.triton.columns import (
     T_COLUMNS,
     T_FIRST_AMAX,
     T_FIRST_SCALE,
+    T_FOLLOWS,
     T_GRAD_FORMAT,
     T_GROUP,
     T_INDEX,
@@ -62,6 +65,7 @@ from hf_lowprec.kernels.triton.columns import (
     chunk_of,
     left_of,
 )
+from hf_lowprec.kernels.triton.sample import note_edited
 from hf_lowprec.kernels.triton.wire import amax_through
 from hf_lowprec.kernels.triton.words import bits_of, elements, float_of, load_words
 
@@ -86,8 +90,12 @@ def _amax_of(base, number, left, FORMAT: tl.constexpr, FAST: tl.constexpr, WIRED
 
 
 @triton.jit
-def amax_kernel(chunks, table, grads, seen, WIRED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """Raises the amaxes of a tensor by one chunk of its gradient. WIRED: some gradients pass through a format."""
+def amax_kernel(
+    chunks, table, grads, seen, scalars, WIRED: tl.constexpr, SAMPLE: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Raises the amaxes of a tensor by one chunk of its gradient. WIRED: some gradients pass through a format. SAMPLE:
+    some Parameters follow masters, and `scalars` get to know where somebody edited them."""
     tensor, careful, number = chunk_of(chunks)
     row = table + tensor * T_COLUMNS
     left = left_of(row, number, CHUNK)
@@ -111,6 +119,8 @@ def amax_kernel(chunks, table, grads, seen, WIRED: tl.constexpr, CHUNK: tl.const
     tl.atomic_max(seen + N_AMAX, largest)
     if WIRED:
         tl.atomic_max(seen + N_FINITE, finite)
+    if SAMPLE:
+        note_edited(row, scalars + tensor * S_COLUMNS, number, left, CHUNK)
 
 
 # --- scalars ---------------------------------------------------------------------------------------------------------
@@ -182,13 +192,14 @@ def _put_scales(scalars, OLD: tl.constexpr, old, bound, row, AMAX: tl.constexpr,
     tl.store(address.to(tl.pointer_type(tl.float32)), tl.zeros_like(new), mask=stored)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["tensors", "trusted"])
 def prepare_kernel(
-    table, groups, seen, scalars, given, clip, finite_ptr, skipped, tensors,
+    table, groups, seen, scalars, given, clip, finite_ptr, skipped, tensors, trusted,
     ALGORITHM: tl.constexpr, LOOK: tl.constexpr, CLIP: tl.constexpr, PREDICTED: tl.constexpr, WIRED: tl.constexpr,
-    FIRST_STREAM: tl.constexpr, BLOCK: tl.constexpr,
+    FOLLOWS: tl.constexpr, FIRST_STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK tensors. LOOK: 0 `given` says whether the step is finite, 1 the amaxes say it, 2 it is but for `clip`."""
+    """BLOCK tensors. LOOK: 0 `given` says whether the step is finite, 1 the amaxes say it, 2 it is but for `clip`.
+    FOLLOWS: some Parameters follow masters; trusted: 0: the host knows that some were edited."""
     gain = tl.load(clip) if CLIP else 1.0
     if LOOK == 0:
         finite = tl.load(given).to(tl.int32) != 0
@@ -259,6 +270,12 @@ def prepare_kernel(
     _put_keys(out, 1, 1, index, t, inside)
     _put_keys(out, 2, tl.where(master != 0, 2, 3), index, t, inside)
 
+    if FOLLOWS:
+        edited = tl.load(out + S_EDITED, mask=inside, other=0)
+        small = tl.load(row + T_FOLLOWS, mask=inside, other=0) == 0
+        read = ((edited != 0) | small | (trusted == 0)).to(tl.int32)
+        tl.store(out + S_READ, read, mask=inside)
+        tl.store(out + S_EDITED, tl.where(finite, 0, read), mask=inside)  # a step that is skipped settles nothing
     if WIRED:
         g, wire_scale, wire_inverse = amax_through(row, seen + i * N_COLUMNS, inside)
         _put(out, S_WIRE, wire_scale, inside)

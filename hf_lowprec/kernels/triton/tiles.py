@@ -70,7 +70,7 @@ def store_moment(base, scale_base, factor, tables, first, tile, left, x, words, 
 
 
 @triton.jit
-def _cast(x, FORMAT: tl.constexpr):
+def cast_to(x, FORMAT: tl.constexpr):
     """Raw elements of x to nearest, saturating; NaN stays NaN: `weights._cast`."""
     LIMIT: tl.constexpr = 65504.0 if FORMAT == "fp16" else 3.3895313892515355e38
     near = tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)
@@ -93,26 +93,38 @@ def _split(x, words, BITS: tl.constexpr, STOCHASTIC: tl.constexpr):
     return tl.where(tl.abs(x) < float("inf"), both, (bits & -0x10000) | 0x8000)
 
 
+@triton.constexpr_function
+def follows(MASTER):
+    """Whether the master alone says what a Parameter holds that nobody edited."""
+    return MASTER in ("fp32", "fp16p")
+
+
 @triton.jit
 def load_weight(param_base, master_base, first, tile, left, PARAM: tl.constexpr, MASTER: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """(words of the Parameter, of its master or residual), for `weight`."""
-    WIDE: tl.constexpr = 32 if PARAM == "fp32" else 16
-    param = load_words(param_base, first, tile, left, WIDE, ROWS, BLOCK, EACH, FAST, 0, FAST)
-    master = param
-    if MASTER != "none":
-        BITS: tl.constexpr = 32 if MASTER == "fp32" else 16 if MASTER == "fp16p" or MASTER == "residual16" else 8
+    """(words of the Parameter, of its master or residual), for `weight`, which looks itself for a Parameter that
+    follows its master: twice the master's then."""
+    if follows(MASTER):
+        BITS: tl.constexpr = 32 if MASTER == "fp32" else 16
         master = load_words(master_base, first, tile, left, BITS, ROWS, BLOCK, EACH, FAST, 0, FAST)
+        param = master
+    else:
+        WIDE: tl.constexpr = 32 if PARAM == "fp32" else 16
+        param = load_words(param_base, first, tile, left, WIDE, ROWS, BLOCK, EACH, FAST, 0, FAST)
+        master = param
+        if MASTER != "none":
+            LOW: tl.constexpr = 16 if MASTER == "residual16" else 8
+            master = load_words(master_base, first, tile, left, LOW, ROWS, BLOCK, EACH, FAST, 0, FAST)
     return param, master
 
 
 @triton.jit
-def weight(param_words, master_words, old_scale, PARAM: tl.constexpr, MASTER: tl.constexpr, FAST: tl.constexpr):
-    """`weights.read_weight`."""
-    raw = elements(param_words, 32 if PARAM == "fp32" else 16, FAST)
-    param = from_float(raw, PARAM)
+def weight(param_words, master_words, old_scale, read, param_base, first, tile, left, PARAM: tl.constexpr,
+           MASTER: tl.constexpr, EACH: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """`weights.read_weight`. read: whether a Parameter that follows its master may have been edited."""
+    raw = elements(param_words, 32 if PARAM == "fp32" or MASTER == "fp32" else 16, FAST)
     if MASTER == "none":
-        return param
+        return from_float(raw, PARAM)
     elif MASTER == "residual8" or MASTER == "residual8s" or MASTER == "residual16":
         WIDTH: tl.constexpr = 16 if MASTER == "residual16" else 8
         low = (elements(master_words, WIDTH, FAST) << (32 - WIDTH)) >> 16
@@ -122,10 +134,13 @@ def weight(param_words, master_words, old_scale, PARAM: tl.constexpr, MASTER: tl
         # Below 0 only where it was edited to 0.
         return float_of(tl.maximum(magnitude + low, 0) | (high & -0x80000000))
     else:
-        raw = elements(master_words, 32 if MASTER == "fp32" else 16, FAST)
-        master = from_float(raw, "fp32") if MASTER == "fp32" else from_float(raw, "fp16") * old_scale
-        # Where somebody edited the Parameter, it wins.
-        return tl.where(from_float(_cast(master, PARAM), PARAM) == param, master, param)
+        tl.static_assert(follows(MASTER))
+        w = from_float(raw, "fp32") if MASTER == "fp32" else from_float(raw, "fp16") * old_scale
+        if read:  # where somebody edited the Parameter, it wins
+            words = load_words(param_base, first, tile, left, 16, w.shape[0], w.shape[1], EACH, FAST, 0, FAST)
+            param = from_float(elements(words, 16, FAST), PARAM)
+            w = tl.where(from_float(cast_to(w, PARAM), PARAM) == param, w, param)
+        return w
 
 
 @triton.jit
@@ -150,13 +165,13 @@ def store_weight(param_base, master_base, factor, new_scale, first, tile, left, 
         store_words(master_base, first, tile, left, low, WIDTH, ROWS, BLOCK, EACH, FAST, FAST)
     elif MASTER == "fp32":
         store_words(master_base, first, tile, left, bits_of(w), 32, ROWS, BLOCK, EACH, FAST, FAST)
-        raw = _cast(w, PARAM)
+        raw = cast_to(w, PARAM)
     else:
         tl.static_assert(MASTER == "fp16p")
         code = to_float(w * factor, words, "fp16", True)
         halves = packed(code, "plain", 16, FAST)
         store_words(master_base, first, tile, left, halves, 16, ROWS, BLOCK, EACH, FAST, FAST)
-        raw = _cast(from_float(code, "fp16") * new_scale, PARAM)
+        raw = cast_to(from_float(code, "fp16") * new_scale, PARAM)
     store_words(param_base, first, tile, left, packed(raw, SHAPE, WIDE, FAST), WIDE, ROWS, BLOCK, EACH, FAST, FAST)
     return raw
 
