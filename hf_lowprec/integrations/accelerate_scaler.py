@@ -24,7 +24,7 @@ def scale_loss(accelerator: Any, model: nn.Module, recipe: Recipe, engine: str) 
     """Have `accelerator` scale the loss as `recipe` says. Idempotent; to be called before its optimizers are wrapped.
 
     Raises ConversionError: another loss scale at work (another recipe's, GradScalerKwargs, DeepSpeed's), an engine
-    that has its own, an optimizer that was prepared earlier. ValueError: float16 Parameters.
+    that has its own, an optimizer that was prepared earlier. ValueError: float16 Parameters, in training mode.
     """
     policy, done = recipe.loss_scale, getattr(accelerator, _POLICY, LossScale())
     if policy == done:
@@ -55,7 +55,8 @@ def scale_loss(accelerator: Any, model: nn.Module, recipe: Recipe, engine: str) 
         )
     if accelerator._optimizers:
         raise ConversionError("with a loss scale, prepare the model before or with its optimizer")
-    check_parameters(model)
+    if model.training:  # else it may only be evaluated; torch refuses to unscale float16 gradients
+        check_parameters(model)
     accelerator.scaler = make_scaler(policy, accelerator.device.type)
     setattr(accelerator, _POLICY, policy)
     if not theirs:

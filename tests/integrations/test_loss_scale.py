@@ -167,6 +167,19 @@ def test_float16_parameters_are_refused(tmp_path):
         accelerator.prepare(llama(dtype=torch.float16))
 
 
+def test_float16_models_in_evaluation_mode_are_taken_and_not_trained(tmp_path):
+    """A model to evaluate comes without an optimizer, as one to train may; torch refuses what would train it."""
+    accelerator = Accelerator(mixed_precision=recipe_file(tmp_path, mine(base="no", loss_scale=STATIC)), cpu=True)
+    model = accelerator.prepare(llama(dtype=torch.float16).eval())
+    ids = torch.arange(16).reshape(2, 8)
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=ids).loss.isfinite()
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters()))
+    accelerator.backward(model(input_ids=ids, labels=ids).loss)
+    with pytest.raises(ValueError, match="FP16 gradients"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_engines_with_loss_scales_of_their_own_are_refused(tmp_path, engine):
     accelerator, model = Accelerator(), llama()
