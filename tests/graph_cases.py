@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +48,37 @@ class FakeCapturer:
         results = function()
         self.recorded += 1
         return Replays(function, results), results
+
+
+class FakeMark:
+    def __init__(self, reached: bool) -> None:
+        self._reached = reached
+
+    def reached(self) -> bool:
+        return self._reached
+
+
+class FakeGauge:
+    """`waiting`: what marks answer. `waits`, `lacking`: what is found of each layer, and missing."""
+
+    def __init__(self, waiting: bool = True, waits: list[str] | None = None, lacking: int = 0) -> None:
+        self.waiting, self.found, self.lacking = waiting, waits or [], lacking
+        self.asked: list[int] = []
+
+    def __call__(self, device: torch.device) -> FakeGauge:
+        assert device == torch.device("cpu")
+        return self
+
+    def mark(self) -> FakeMark:
+        return FakeMark(self.waiting)
+
+    @contextmanager
+    def waits(self) -> Iterator[list[str]]:
+        yield list(self.found)
+
+    def lacks(self, nbytes: int) -> int:
+        self.asked.append(nbytes)
+        return self.lacking
 
 
 def fake_graphs(model: nn.Module, **kwargs: Any) -> LayerGraphs:

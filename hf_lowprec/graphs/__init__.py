@@ -4,6 +4,8 @@
 calls      what a call of a layer is, and when any call must run eagerly
 snapshot   what a layer is like, and whether it is still so
 record     when to capture
+rehearsal  whether to capture what nobody asked to be
+gauge      what that asks of a GPU
 order      when a graph may be replayed, given that graphs share memory
 memory     the tensors at fixed addresses
 capture    CUDA graphs themselves

@@ -20,6 +20,10 @@ class GraphError(RuntimeError):
     """CUDA graphs were asked for and cannot be had; or a replay would have been wrong. The message says which."""
 
 
+class CaptureError(GraphError):
+    """A capture failed while it was on: torch does not promise that training goes on after that."""
+
+
 class Recording(Protocol):
     def replay(self) -> None: ...
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hf_lowprec.functional import applier
 from hf_lowprec.graphs import calls, memory
-from hf_lowprec.graphs.capture import Capturer, GraphError, Recording
+from hf_lowprec.graphs.capture import CaptureError, Capturer, GraphError, Recording
 from hf_lowprec.graphs.memory import Owned, Slot
 from hf_lowprec.graphs.order import Order, Pending
 from hf_lowprec.graphs.snapshot import Snapshot, attributes, host_random, stored
@@ -127,7 +127,7 @@ class LayerGraph:
         if drawn != host_random(shared.capturer.device):
             raise GraphError(
                 f"{name} cannot be captured: its forward draws random numbers on the host, and replays would all do "
-                "as the first draw had it: train without graphs of layers"
+                "as the first draw had it: train without graphs of layers (HF_LOWPREC_GRAPHS=0)"
             )
         self.outputs: list[Tensor] = [shared.owned.add(out) for out in outputs if out is not None]
         shared.results.update((out.data_ptr(), out) for out in self.outputs)
@@ -146,9 +146,10 @@ class LayerGraph:
             raise GraphError(f"{self.name} cannot be captured: {error}") from error
         except RuntimeError as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise GraphError(
+            raise CaptureError(
                 f"{self.name} cannot be captured ({what}): {text}. What waits for the device, as routing by values "
-                "does, and what writes its input in place does not go into a graph: train without graphs of layers"
+                "does, and what writes its input in place does not go into a graph: train without graphs of layers "
+                "(HF_LOWPREC_GRAPHS=0)"
             ) from error
 
     @contextmanager
@@ -259,7 +260,7 @@ class LayerGraph:
                 if slot.linked and self.shared.owned.lent(memory.memories([slot.tensor])):
                     raise GraphError(
                         f"{self.name}: the gradient of its output was replaced by a hook that also keeps it; keep a "
-                        "clone, or train without graphs of layers"
+                        "clone, or train without graphs of layers (HF_LOWPREC_GRAPHS=0)"
                     )
                 slot.write(grad)
         assert self._backward is not None
@@ -332,17 +333,17 @@ class _Graphed(torch.autograd.Function):
         if call.done:
             raise GraphError(
                 f"{name}: its gradients are asked for twice, and a graph keeps its activations for one backward pass: "
-                "call backward once, or train without graphs of layers"
+                "call backward once, or train without graphs of layers (HF_LOWPREC_GRAPHS=0)"
             )
         if call.lost:
             raise GraphError(
                 f"{name}: its activations were overwritten by backward passes of layers before it, which ran first: "
-                "train without graphs of layers"
+                "train without graphs of layers (HF_LOWPREC_GRAPHS=0)"
             )
         if call.versions != [parameter._version for parameter in call.graph.parameters]:
             raise GraphError(
                 f"{name}: its weights were written between its forward and its backward pass, which reads them: write "
-                "them after it, or train without graphs of layers"
+                "them after it, or train without graphs of layers (HF_LOWPREC_GRAPHS=0)"
             )
         call.graph.shared.order.end(call)
         call.done = True

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,10 +20,12 @@ from torch import nn
 from hf_lowprec import stepping
 from hf_lowprec.conversion import follows_measurements, unwrapped
 from hf_lowprec.graphs import calls
-from hf_lowprec.graphs.capture import Capturer, CudaCapturer, GraphError
+from hf_lowprec.graphs.capture import CaptureError, Capturer, CudaCapturer, GraphError
+from hf_lowprec.graphs.gauge import CudaGauge
 from hf_lowprec.graphs.layer import BUSY, ELSEWHERE, LayerGraph, Shared
 from hf_lowprec.graphs.order import Order
 from hf_lowprec.graphs.record import Record
+from hf_lowprec.graphs.rehearsal import Gauge, Rehearsal, several_devices, unknown
 from hf_lowprec.graphs.snapshot import RUNNER, Snapshot
 from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, set_class
 from hf_lowprec.modules.weight_cache import steps
@@ -32,10 +34,12 @@ from hf_lowprec.session import Session, session_of
 
 OWNER = "_hf_lowprec_graphs"  # in a model's __dict__
 _KEPT = 64  # kinds of calls that are counted
+_PATIENCE = 50  # optimizer steps in which graphs that nobody asked for must have been captured
 # Nothing to say about: a training run has them.
 _USUAL = ("no gradients", "recomputed in a backward pass", "in evaluation mode", "warming up", "captured")
 
 NewCapturer = Callable[[torch.device], Capturer]
+NewGauge = Callable[[torch.device], Gauge]
 
 
 class _Runner:
@@ -85,6 +89,8 @@ class LayerList:
         self._record: Record[LayerGraph] | None = None
         self._last = -1
         self._said: set[str] = set()
+        self._since: int | None = None  # the optimizer step of the first pass
+        self._off: str | None = None  # why no call is captured any more, where that may be
 
     @property
     def size(self) -> int:
@@ -101,6 +107,8 @@ class LayerList:
 
     def run(self, runner: _Runner, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of `layer`. Raises GraphError: it cannot be captured."""
+        if self._off is not None:
+            return forward(layer, *args, **kwargs)
         reason, call = self._reason(runner, layer), None
         if reason is None:
             snapshot = runner.snapshot
@@ -117,7 +125,13 @@ class LayerList:
         record = self._enter(runner.index, call.key)
         way = record.way(runner.index, call.key, runner.version, f"{runner.name}: {runner.changed}")
         if way == "capture":
-            graph = self._capture(record, runner, layer, forward, call, runner.snapshot)
+            try:
+                graph = self._capture(record, runner, layer, forward, call, runner.snapshot)
+            except GraphError as error:
+                if self.how.gauge is None or isinstance(error, CaptureError):
+                    raise
+                self._stop(str(error))
+                return forward(layer, *args, **kwargs)
             if graph is not None:
                 record.graphs[runner.index] = graph
                 graph.refreshed()
@@ -137,12 +151,16 @@ class LayerList:
             self._note(reason or stale or record.why, runner)
         else:
             self._note(record.why, runner)
-        return runner.eagerly(layer, forward, args, kwargs)
+        if record.rehearsal is None:
+            return runner.eagerly(layer, forward, args, kwargs)
+        return record.rehearsal.call(runner.index, layer, lambda: runner.eagerly(layer, forward, args, kwargs))
 
     def _reason(self, runner: _Runner, layer: nn.Module) -> str | None:
         """Why this call must run eagerly, whatever its arguments, or None."""
         if not layer.training:  # its modules are others then, but for a while
             return "in evaluation mode"
+        if not torch.is_grad_enabled():
+            return "no gradients"
         snapshot = runner.look(layer)
         if snapshot.refusal is not None:
             return snapshot.refusal
@@ -172,10 +190,47 @@ class LayerList:
             graph.shared.begin()
             break
         allowed = bool(record.graphs) or self.kinds < self.how.max_kinds
+        stage = record.stage
         record.begin(steps(), idle=self._order.idle, allowed=allowed)
         if not allowed:
             record.why = f"more than {self.how.max_kinds} kinds of calls"
+        elif self.how.gauge is not None:
+            self._rehearse(record, self.how.gauge, began=stage == "warming" and record.stage == "capturing")
         return record
+
+    def _rehearse(self, record: Record[LayerGraph], gauge: NewGauge, *, began: bool) -> None:
+        """Of graphs that nobody asked for: watch the passes before, and decide when captures would begin."""
+        self._since = steps() if self._since is None else self._since
+        if began:
+            rehearsal, record.rehearsal = record.rehearsal, None
+            why = "nothing was seen of it" if rehearsal is None else rehearsal.verdict(self._gradient_bytes())
+            if why is not None:
+                record.give_up(why)
+            if rehearsal is not None and rehearsal.why is not None:
+                self._stop(rehearsal.why)
+        elif record.stage == "warming" and record.quiet:
+            if record.rehearsal is None:
+                device = next(p.device for layer in self._alive() for p in layer.parameters())
+                record.rehearsal = Rehearsal(gauge(device))
+            record.rehearsal.begin()
+        elif record.stage == "warming" and not self.captured and steps() - self._since > _PATIENCE:
+            self._stop(f"no call was like those of {self.how.warmup_steps} steps before")
+
+    def _alive(self) -> list[nn.Module]:
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    def _gradient_bytes(self) -> int:
+        trained = {id(p): p for layer in self._alive() for p in layer.parameters() if p.requires_grad}
+        return sum(p.numel() * p.element_size() for p in trained.values())
+
+    def _stop(self, why: str) -> None:
+        self.clear()
+        self._off = why
+
+    def insist(self) -> None:
+        """Graphs were asked for, after they had been left to a rehearsal."""
+        self.clear()
+        self._off = None
 
     def _capture(
         self, record: Record[LayerGraph], runner: _Runner, layer: nn.Module, forward: Callable[..., Any],
@@ -205,6 +260,8 @@ class LayerList:
         self.eager[reason] += 1
         if reason in _USUAL or reason in self._said or self.eager[reason] < 3 * self.size:
             return
+        if self.how.gauge is not None:  # nobody asked for graphs
+            return
         self._said.add(reason)
         warnings.warn(f"{runner.name} runs without its graph: {reason}", stacklevel=2)
 
@@ -212,13 +269,16 @@ class LayerList:
         """Drop all graphs."""
         self._records.clear()
         self._record, self._last, self._capturer = None, -1, None
-        for reference in self._layers:
-            layer = reference()
-            for linear in () if layer is None else layer.modules():
+        for layer in self._alive():
+            for linear in layer.modules():
                 if isinstance(linear, LowPrecMixin):
                     linear._lowprec.weight_cache.release()
 
     def summary(self) -> str:
+        if self.how.gauge is not None and not self.captured:
+            given_up = next((r.why for r in reversed(self._records.values()) if r.stage == "given up"), None)
+            why = self._off or given_up
+            return f"{self.name} if the GPU waits for the host" if why is None else f"none of {self.name}: {why}"
         out = f"{self.captured} of {self.size} layers of {self.name}"
         if self.kinds > 1:
             out += f" for {self.kinds} kinds of calls"
@@ -229,9 +289,13 @@ class LayerList:
 
 
 class _Options:
-    def __init__(self, warmup_steps: int, max_kinds: int, capturer: NewCapturer, device_type: str) -> None:
+    """gauge: where graphs are taken only if they gain; None: where they were asked for."""
+
+    def __init__(
+        self, warmup_steps: int, max_kinds: int, capturer: NewCapturer, gauge: NewGauge | None, device_type: str
+    ) -> None:
         self.warmup_steps, self.max_kinds = warmup_steps, max_kinds
-        self.capturer, self.device_type = capturer, device_type
+        self.capturer, self.gauge, self.device_type = capturer, gauge, device_type
 
 
 class Bound(NamedTuple):
@@ -278,6 +342,19 @@ class LayerGraphs:
     def bounds(self) -> dict[str, Bound]:
         """What `ungraph_layers` puts back."""
         return self._bounds
+
+    @property
+    def automatic(self) -> bool:
+        """Whether nobody has asked for them (`graph_layers(when="waiting")`)."""
+        return any(one.how.gauge is not None for one in self.lists)
+
+    def insist(self) -> None:
+        """From now on as with `graph_layers(when="always")`."""
+        for one in self.lists:
+            if one.how.gauge is not None:
+                one.insist()
+        for one in self.lists:
+            one.how.gauge = None
 
     def __str__(self) -> str:
         return ", ".join(one.summary() for one in self.lists)
@@ -329,9 +406,11 @@ def _graphed_class(original: type) -> type:
 def graph_layers(
     model: nn.Module,
     *,
+    when: Literal["always", "waiting"] = "always",
     warmup_steps: int = 3,
     max_kinds: int = 4,
     capturer: NewCapturer | None = None,
+    gauge: NewGauge | None = None,
     device_type: str = "cuda",
 ) -> LayerGraphs:
     """Train the repeated layers of `model` by CUDA graphs: each layer's forward is one launch, its backward another.
@@ -342,19 +421,28 @@ def graph_layers(
     what and why. Idempotent.
 
     Args:
+        when: `waiting`: only if the warm-up shows that the GPU waits for the host, that the layers can be captured and
+            that there is memory for it; otherwise they go on eagerly, and the result says why. Layers of packages
+            that are not known are refused then. A later call with `always` insists.
         max_kinds: shapes and other kinds of calls that are captured; any further ones run eagerly.
-        capturer, device_type: for tests.
+        capturer, gauge, device_type: for tests.
 
-    Raises GraphError: no CUDA device; no repeated layers; a recipe with ranges that are searched or learned; FSDP. In
-    training: a layer that cannot be captured.
+    Raises ValueError: `when`, `warmup_steps`, `max_kinds`. Raises GraphError: no CUDA device; no repeated layers; a
+    recipe with ranges that are searched or learned; FSDP. In training: a layer that cannot be captured.
     """
     if capturer is None and not torch.cuda.is_available():
         raise GraphError("graphs of layers need a CUDA device, and torch.cuda.is_available() is False")
     if warmup_steps < 1 or max_kinds < 1:
         raise ValueError(f"warmup_steps={warmup_steps}, max_kinds={max_kinds}: at least 1 of each")
+    if when not in ("always", "waiting"):
+        raise ValueError(f"when={when!r}: always or waiting")
+    if when == "waiting" and warmup_steps < 2:
+        raise ValueError(f"when='waiting' watches a step before it decides: warmup_steps={warmup_steps}, at least 2")
     model = unwrapped(model)
     existing: LayerGraphs | None = model.__dict__.get(OWNER)
     if existing is not None:
+        if when == "always":
+            existing.insist()
         return existing
     session = session_of(model)
     if session is not None and session.recipe.flexible:
@@ -379,8 +467,13 @@ def graph_layers(
             f"{theirs} has graphs already, by `graph_layers` of a model that is a part of this one, or has it as a "
             "part: call it for one of them"
         )
-    how = _Options(warmup_steps, max_kinds, capturer or CudaCapturer, device_type)
-    bounds = None if session is None else _lift_rule(session)
+    members = [layer for layers in found.values() for layer in layers.values()]
+    against = (unknown(members) or several_devices(members)) if when == "waiting" else None
+    if against is not None:
+        raise GraphError(against)
+    watch = None if when == "always" else gauge or CudaGauge
+    how = _Options(warmup_steps, max_kinds, capturer or CudaCapturer, watch, device_type)
+    bounds = None if session is None or when == "waiting" else _lift_rule(session)
     lists = []
     for name, layers in found.items():
         owner = LayerList(name, list(layers.values()), how)

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, Literal, Protocol, TypeVar
 
+from hf_lowprec.graphs.rehearsal import Rehearsal
+
 MOST_DROPS = 5
 _MOST_RESTARTS = 5  # optimizer steps in which a layer was another than in the one before, until that is said
 
@@ -32,6 +34,7 @@ class Record(Generic[G]):
     """One kind of pass: the layers that take part, by index, each with the key of its call and what it was like.
 
     graphs: by index, of layers that were captured. why: what happened last. drops: how often graphs were dropped.
+    quiet: optimizer steps without a change. rehearsal: watches the eager passes of them, if that was asked for.
     """
 
     def __init__(self, steps: int) -> None:
@@ -41,7 +44,8 @@ class Record(Generic[G]):
         self.drops = 0
         self._steps = steps
         self._seen: dict[int, tuple[Hashable, int]] = {}
-        self._quiet = 0  # optimizer steps without a change
+        self.quiet = 0
+        self.rehearsal: Rehearsal | None = None
         self._step: int | None = None
         self._restarts: set[int | None] = set()
         self._misfits: set[int] = set()
@@ -56,8 +60,8 @@ class Record(Generic[G]):
         if self.stage == "warming":
             if step != self._step:
                 self._step = step
-                self._quiet += bool(self._seen)
-            if self._quiet >= self._steps and idle and allowed:
+                self.quiet += bool(self._seen)
+            if self.quiet >= self._steps and idle and allowed:
                 self.stage = "capturing"
         elif self.stage == "capturing":
             if all(graph.ended is not None for graph in self.graphs.values()) and self.graphs:
@@ -77,7 +81,7 @@ class Record(Generic[G]):
         if self.stage == "warming":
             if known != now:
                 self._seen[index] = now
-                self._quiet = 0
+                self.quiet, self.rehearsal = 0, None
                 if known is not None:
                     self._restarts.add(self._step)
                     if len(self._restarts) > _MOST_RESTARTS:
@@ -104,8 +108,12 @@ class Record(Generic[G]):
         self.graphs.clear()
         self._misfits.clear()
         self.drops += 1
-        self._quiet, self._step = 0, None
+        self.quiet, self._step = 0, None
         self.why = why
         self.stage = "warming"
         if self.drops > MOST_DROPS:
-            self.stage, self.why = "given up", f"captured {self.drops} times, and each time: {why}"
+            self.give_up(f"captured {self.drops} times, and each time: {why}")
+
+    def give_up(self, why: str) -> None:
+        """Eager from now on."""
+        self.stage, self.why = "given up", why

@@ -6,10 +6,10 @@
 | norms, GLUs, rotary embeddings, shared inputs (`convert(fuse=)`) | lowprec_fuse | fuse | HF_LOWPREC_FUSE | on |
 | a look at sdpa's backend (integrations/attention.py) | lowprec_attention | attention | HF_LOWPREC_ATTENTION | on |
 | output embedding and loss in one (integrations/loss.py) | lowprec_liger | liger | HF_LOWPREC_LIGER | off |
-| CUDA graphs of the layers (`hf_lowprec.graph_layers`) | lowprec_graphs | graphs | HF_LOWPREC_GRAPHS | off |
+| CUDA graphs of the layers (`hf_lowprec.graph_layers`) | lowprec_graphs | graphs | HF_LOWPREC_GRAPHS | auto |
 
 An argument that is None leaves the word to the environment, where 0 is off, 1 is on, and another
-value an error.
+value an error. `auto`: where the GPU waits for the host (graphs/rehearsal.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from hf_lowprec.conversion import recipe_of, report_of, session_of
-from hf_lowprec.flags import read_switch
-from hf_lowprec.graphs import GraphError, graph_layers
+from hf_lowprec.flags import read_automatic, read_switch
+from hf_lowprec.graphs import GraphError, LayerGraphs, graph_layers, ungraph_layers
 
 ATTENTION_ENV, LIGER_ENV = "HF_LOWPREC_ATTENTION", "HF_LOWPREC_LIGER"
 GRAPHS_ENV = "HF_LOWPREC_GRAPHS"
@@ -55,7 +55,7 @@ def settle(model: nn.Module, switches: Switches, device: torch.device, engine: s
         return
     wants_attention = read_switch(ATTENTION_ENV, True) if switches.attention is None else switches.attention
     wants_liger = read_switch(LIGER_ENV, False) if switches.liger is None else switches.liger
-    wants_graphs = read_switch(GRAPHS_ENV, False) if switches.graphs is None else switches.graphs
+    wants_graphs = read_automatic(GRAPHS_ENV) if switches.graphs is None else switches.graphs
     if wants_attention and report.attention is None and device.type == "cuda":
         from hf_lowprec.integrations import attention
 
@@ -70,7 +70,15 @@ def settle(model: nn.Module, switches: Switches, device: torch.device, engine: s
         root = session.root
         report.loss = loss.fuse_loss(root)
         session.on_end(lambda: loss.unfuse_loss(root))
-    if wants_graphs and isinstance(report.graphs, str | None):
+    asked = isinstance(report.graphs, LayerGraphs) and not report.graphs.automatic
+    if wants_graphs is None and report.graphs is None and device.type == "cuda" and engine not in _SHARDING:
+        try:
+            graph_layers(session.root, when="waiting")  # writes itself into the report
+        except GraphError as error:
+            report.graphs = f"none ({error})"
+    elif wants_graphs is False and isinstance(report.graphs, LayerGraphs) and report.graphs.automatic:
+        ungraph_layers(session.root)
+    elif wants_graphs and not asked:
         if engine in _SHARDING:
             report.graphs = f"none ({GRAPHS_ENV} has no effect under {engine})"
         elif device.type == "cuda":
