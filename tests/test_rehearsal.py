@@ -140,6 +140,19 @@ def test_a_share_of_marks_decides() -> None:
         assert one.verdict(0) == (None if captured else BUSY_GPU)
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_the_backward_pass_counts(backward: bool) -> None:
+    gauge = FakeGauge(waiting=True)
+    one = Rehearsal(gauge)
+    one.begin()
+    x = torch.ones(1, requires_grad=True)
+    for index in range(5):
+        x = one.call(index, Layer(4), lambda x=x: 2 * x)
+    gauge.waiting = backward
+    x.sum().backward()
+    assert one.verdict(0) == (None if backward else BUSY_GPU)
+
+
 def test_lengths_that_change_all_the_time_are_given_up() -> None:
     model = stack()
     graphs = waiting(model, FakeGauge())

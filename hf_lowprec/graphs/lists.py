@@ -8,6 +8,7 @@ whoever holds it notice nothing. Copies and pickles of it are of the class that 
 from __future__ import annotations
 
 import copyreg
+import logging
 import warnings
 import weakref
 from collections import Counter, OrderedDict
@@ -31,6 +32,8 @@ from hf_lowprec.modules.linear import LowPrecMixin, forward_is_replaced, set_cla
 from hf_lowprec.modules.weight_cache import steps
 from hf_lowprec.operands import Quantized
 from hf_lowprec.session import Session, session_of
+
+_LOG = logging.getLogger("hf_lowprec")
 
 OWNER = "_hf_lowprec_graphs"  # in a model's __dict__
 _KEPT = 64  # kinds of calls that are counted
@@ -206,8 +209,9 @@ class LayerList:
             why = "nothing was seen of it" if rehearsal is None else rehearsal.verdict(self._gradient_bytes())
             if why is not None:
                 record.give_up(why)
-            if rehearsal is not None and rehearsal.why is not None:
-                self._stop(rehearsal.why)
+            _LOG.info("CUDA graphs of %s: %s", self.name, "captured from now on" if why is None else f"none, {why}")
+            if rehearsal is not None and rehearsal.why is not None:  # whatever the call is like
+                self._off = rehearsal.why
         elif record.stage == "warming" and record.quiet:
             if record.rehearsal is None:
                 device = next(p.device for layer in self._alive() for p in layer.parameters())
@@ -224,6 +228,7 @@ class LayerList:
         return sum(p.numel() * p.element_size() for p in trained.values())
 
     def _stop(self, why: str) -> None:
+        _LOG.info("CUDA graphs of %s: none, %s", self.name, why)
         self.clear()
         self._off = why
 

@@ -80,7 +80,7 @@ class LowPrecArguments:
         default=None,
         metadata={
             "help": "CUDA graphs of the layers, for steps that wait for the host; unset, HF_LOWPREC_GRAPHS "
-            "decides (off)."
+            "decides (auto: where they gain)."
         },
     )
     # `bool`, not `bool | None`: HfArgumentParser then takes a bare `--bf16`.
