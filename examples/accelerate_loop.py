@@ -44,7 +44,7 @@ def main() -> None:
     model, optimizer, data, scheduler = accelerator.prepare(model, optimizer, data, scheduler)
 
     for step, batch in zip(range(args.steps), data, strict=False):
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

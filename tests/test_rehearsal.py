@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -64,6 +65,24 @@ def test_what_speaks_against_it(gauge: FakeGauge, said: str, recwarn: pytest.War
     assert train(model, 7) == train(plain, 7)
     assert graphs.captured == 0 and str(graphs) == f"none of layers: {said}"
     assert not recwarn.list, "nobody has asked for graphs"
+
+
+def test_a_cache_that_nobody_reads_is_said() -> None:
+    model = llama()
+    model.train().config.use_cache = True
+    waiting(model, FakeGauge())
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.warns(UserWarning, match="use_cache=False, or set model.config.use_cache = False"):
+        for _ in range(4):
+            model(input_ids=ids)
+    model = llama()
+    model.train().config.use_cache = False
+    graphs = waiting(model, FakeGauge())
+    assert not graphs.eager
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            model(input_ids=ids).logits.sum().backward()
 
 
 class Counts(Layer):

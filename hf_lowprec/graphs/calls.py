@@ -20,6 +20,7 @@ from torch.utils._device import DeviceContext
 PLAIN = (Tensor, nn.Parameter)
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _TENSOR = "tensor"
+NO_CACHE = "; pass use_cache=False, or set model.config.use_cache = False: training does not read it"
 
 
 class Opaque(Exception):
@@ -55,7 +56,7 @@ def _flatten(value: Any, leaves: list[Tensor], what: str) -> Any:
         return (kind, tuple(_flatten(item, leaves, what) for item in value))
     if isinstance(value, Tensor):
         raise Opaque(f"{what}: a {kind.__name__} is no plain tensor")
-    hint = "; pass use_cache=False, or set model.config.use_cache = False" if "Cache" in kind.__name__ else ""
+    hint = NO_CACHE if "Cache" in kind.__name__ else ""
     raise Opaque(f"{what}: a {kind.__name__}, which a graph cannot hold{hint}")
 
 

@@ -265,7 +265,7 @@ class LayerList:
         self.eager[reason] += 1
         if reason in _USUAL or reason in self._said or self.eager[reason] < 3 * self.size:
             return
-        if self.how.gauge is not None:  # nobody asked for graphs
+        if self.how.gauge is not None and not reason.endswith(calls.NO_CACHE):  # nobody asked, nothing to be done
             return
         self._said.add(reason)
         warnings.warn(f"{runner.name} runs without its graph: {reason}", stacklevel=2)

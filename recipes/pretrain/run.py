@@ -204,7 +204,7 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, batches: DataLoad
     model.eval()
     losses = []
     for ids in batches:
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         losses.append(accelerator.gather_for_metrics(loss.repeat(len(ids))))
     model.train()
     return torch.cat(losses).mean().item()
@@ -229,7 +229,7 @@ def train(
     bar = tqdm(total=settings.steps, initial=done, disable=not first, mininterval=1, desc=output.name)
     for step, ids in enumerate(train_batches, done + 1):
         last = step == settings.steps
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
