@@ -13,7 +13,8 @@ Two measurements for each width and number of tokens in a micro-batch:
               made from. A weight of width^2 elements gains from the least number of tokens on from which on all that
               were measured gained.
     cells     two Llama layers (FFN 3.5 x, heads of 64 or 128, a quarter as many KV heads): the map of the figure, with
-              everything converted, and with --ruled by the rule.
+              everything converted, and with --ruled by the rule. CUDA graphs of the layers as in training: where the
+              GPU waits for the host; with --no-graphs nowhere.
 
 A step is four micro-batches, and weights change between steps, so that casts of weights are paid once a step, as in
 training. Without optimizer, embedding and head: what is compared is what `convert` changed. Baseline: the same layers
@@ -41,6 +42,7 @@ WIDTHS = (1024, 2048, 3072, 4096, 6144)
 TOKENS = (512, 1024, 2048, 4096, 8192)
 MICRO_BATCHES = 4
 LINEARS = 4
+GRAPH_WARMUP = 6  # steps until layers are captured, and a first replay
 RULE = REPOSITORY / "hf_lowprec" / "break_even.json"
 
 
@@ -67,12 +69,12 @@ def build_linears(width: int, device: str) -> Any:
     return nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(LINEARS))).train()
 
 
-def step_time(forward: Any, x: Any, device: str, steps: int, changed: Any) -> float:
+def step_time(forward: Any, x: Any, device: str, steps: int, changed: Any, warmup: int = 2) -> float:
     """Median milliseconds of a step. changed: called after each step, as an optimizer's step would change weights."""
     import torch
 
     times = []
-    for _ in range(2 + steps):
+    for _ in range(warmup + steps):
         if device == "cuda":
             torch.cuda.synchronize()
         clock = time.perf_counter()
@@ -85,13 +87,16 @@ def step_time(forward: Any, x: Any, device: str, steps: int, changed: Any) -> fl
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - clock))
         x.grad = None
-    return statistics.median(times[2:])
+    return statistics.median(times[warmup:])
 
 
-def pair(model: Any, forward: Any, x: Any, recipe: str, device: str, steps: int, ruled: bool) -> tuple[float, float]:
-    """Milliseconds of the model as it is, and converted."""
+def pair(
+    model: Any, forward: Any, x: Any, recipe: str, device: str, steps: int, ruled: bool, graphs: bool
+) -> tuple[float, float, Any]:
+    """Milliseconds of the model as it is, and converted; the graphs of its layers, or None."""
     import hf_lowprec
     from hf_lowprec.conversion import session_of
+    from hf_lowprec.modules.weight_cache import weights_changed
 
     def forget() -> None:
         model.zero_grad(set_to_none=True)
@@ -100,19 +105,28 @@ def pair(model: Any, forward: Any, x: Any, recipe: str, device: str, steps: int,
     try:
         hf_lowprec.convert(model, recipe, **({} if ruled else {"min_numel": 0, "min_tokens": 0}))
     except hf_lowprec.NothingConvertedError:  # the rule leaves all of it
-        return base, step_time(forward, x, device, steps, forget)
+        return base, step_time(forward, x, device, steps, forget), None
     session = session_of(model)
+    taken = hf_lowprec.graph_layers(model, when="waiting") if graphs else None
 
     def close() -> None:  # what follows an optimizer's step
         session.scaling.roll()
-        hf_lowprec.invalidate(model)
+        weights_changed()
         forget()
 
-    return base, step_time(forward, x, device, steps, close)
+    ours = step_time(forward, x, device, steps, close, 2 if taken is None else 2 + GRAPH_WARMUP)
+    return base, ours, taken
 
 
 def measure(
-    recipe: str, widths: list[int], tokens: list[int], device: str, steps: int, ruled: bool, linears: bool
+    recipe: str,
+    widths: list[int],
+    tokens: list[int],
+    device: str,
+    steps: int,
+    ruled: bool,
+    graphs: bool,
+    linears: bool,
 ) -> list[list[float]]:
     """[width, tokens, bf16 ms, ms] of two Llama layers, or of `linears`."""
     import torch
@@ -124,11 +138,12 @@ def measure(
             model = build_linears(width, device) if linears else build(width, count, device)
             forward = model if linears else lambda x, m=model: m(inputs_embeds=x).last_hidden_state
             x = torch.randn(rows, count // rows, width, device=device, requires_grad=True)
-            base, ours = pair(model, forward, x, recipe, device, steps, ruled)
+            base, ours, taken = pair(model, forward, x, recipe, device, steps, ruled, graphs and not linears)
             cells.append([width, count, round(base, 3), round(ours, 3)])
             what = f"{LINEARS} linears" if linears else "Llama"
-            print(f"{recipe} {what} {width} x {count}: bf16 {base:.2f} ms, ratio {ours / base:.2f}", flush=True)
-            del model, forward
+            print(f"{recipe} {what} {width} x {count}: bf16 {base:.2f} ms, ratio {ours / base:.2f}"
+                  f"{'' if taken is None else f', graphs: {taken}'}", flush=True)  # fmt: skip
+            del model, forward, taken
             if device == "cuda":
                 torch.cuda.empty_cache()
     return cells
@@ -161,6 +176,8 @@ def main() -> int:
         "--write-rule", nargs="?", type=Path, const=RULE, metavar="JSON", help="default: the package's"
     )
     parser.add_argument("--no-map", action="store_true", help="`linears` alone: what the rule is made from")
+    parser.add_argument("--no-linears", action="store_true", help="the map alone")
+    parser.add_argument("--no-graphs", action="store_true", help="the map without CUDA graphs of the layers")
     parser.add_argument("--ruled", action="store_true", help="measure the map with the package's rule in force")
     parser.add_argument("--out", type=Path, help="default: results/breakeven.json, a scratch file with --micro")
     args = parser.parse_args()
@@ -170,10 +187,13 @@ def main() -> int:
     here = environment()
     known = {case["recipe"]: case for case in read_cases(args.out)}
     for recipe in args.recipes:
-        name = f"{recipe}, by the rule" if args.ruled else recipe
-        sizes = (args.widths, args.tokens, args.device, args.steps, args.ruled)
+        name = f"{recipe}, by the rule" if args.ruled else f"{recipe}, no graphs" if args.no_graphs else recipe
+        graphs = args.device == "cuda" and not args.no_graphs
+        sizes = (args.widths, args.tokens, args.device, args.steps, args.ruled, graphs)
         case: dict[str, Any] = {"recipe": name, "micro_batches": MICRO_BATCHES, "environment": here}
-        if not args.ruled:
+        if args.no_linears and name in known:
+            case = {**known[name], "map_environment": here}
+        elif not args.ruled and not args.no_linears:
             case["linears"] = measure(recipe, *sizes, True)
             if args.write_rule is not None:
                 write_rule(args.write_rule, recipe, case["linears"], here)

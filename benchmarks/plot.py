@@ -299,7 +299,7 @@ def breakeven(data: dict[str, Any]) -> Figure:
         axes.set_title(f"{case['recipe']}: time / bf16")
         axes.set_xlabel("hidden size")
     figure.axes[0].set_ylabel("tokens in a micro-batch")
-    figure.supxlabel(f"two Llama layers, forward and backward, eager; {conditions(cases[0]['environment'])}",
+    figure.supxlabel(f"two Llama layers, forward and backward, eager, CUDA graphs where the GPU waits; {conditions(cases[0]['environment'])}",
                      fontsize=8)  # fmt: skip
     return figure
 
