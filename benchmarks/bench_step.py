@@ -11,9 +11,13 @@ Finished cases are kept, so a call goes on where the last one ended. Every call 
 again, and its ratios are to that: none crosses calls. Peers that are not installed are skipped and named. Losing rows
 stay in. `lora` cases train adapters of rank 16 on a frozen base; there the question is memory.
 
-    step_ms             median of CUDA-event times over --steps steps after --warmup; host_ms until step() returns
-    peak_gib            torch's peak over those steps, without what replays of CUDA graphs use (reserved_gib has it);
+    step_ms             median of CUDA-event times over --steps steps after --warmup, to which those until layers are
+                        captured are added; host_ms until step() returns
+    peak_gib            torch's peak over those steps, without what replays of CUDA graphs use;
                         weights_gib, states_gib and held_gib (all that is allocated between steps) say what it is of
+    reserved_gib        the most that torch's allocator holds of the GPU in those steps, pools of graphs included, once
+                        warm-up's leftovers were given back: the memory to compare where there are graphs
+    graphs, graphs_*    what became of CUDA graphs of layers, where there may be any
     tflops, mfu_*       step_cases.flops_per_step over the time, and as a share of the GPU's bf16 and FP8 peak
 
 Cases take turns on the GPU (a file lock); while one runs, the next ones only import.
@@ -97,6 +101,14 @@ def add_peers(model: Any, contender: Contender) -> None:
         apply_liger_kernel_to_llama(model=model)
 
 
+def add_graphs(model: Any, contender: Contender, device: str) -> None:
+    """Graphs of the baseline's layers; those of ours are switched on by the environment."""
+    if "graphs" in contender.options and device == "cuda" and not contender.ours:
+        from hf_lowprec import graph_layers
+
+        graph_layers(model)
+
+
 def add_lora(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -134,12 +146,7 @@ def measure(model_name: str, batch: str, recipe: str, device: str, warmup: int, 
 
     contender = parse(recipe)
     import_peers(contender)
-    if "liger-loss" in contender.options:
-        os.environ["HF_LOWPREC_LIGER"] = "1"
-    if "nofuse" in contender.options:
-        os.environ["HF_LOWPREC_FUSE"] = "0"
-    if "graphs" in contender.options and contender.ours and device == "cuda":  # there are none on a CPU
-        os.environ["HF_LOWPREC_GRAPHS"] = "1"
+    os.environ.update(contender.environment(device))
     options: dict[str, Any] = {"gradient_accumulation_steps": int(batch.split("x")[2])}
     if "compile" in contender.options:
         options["dynamo_backend"] = "inductor"
@@ -168,10 +175,7 @@ def train(
     parameters = sum(p.numel() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = model
-    if "graphs" in contender.options and device == "cuda" and not contender.ours:
-        from hf_lowprec import graph_layers
-
-        graph_layers(model)
+    add_graphs(model, contender, device)
     model, optimizer = accelerator.prepare(model, make_optimizer(contender, trained))
     model.train()
     rows, seq, micro_batches = map(int, batch.split("x"))
@@ -187,7 +191,7 @@ def train(
         return loss.detach()
 
     clock = time.perf_counter()
-    warmup += GRAPH_WARMUP if "graphs" in contender.options else 0
+    warmup += GRAPH_WARMUP if contender.may_graph and device == "cuda" else 0
     loss, times, hosts, peak = timed(step, warmup, steps, device)
     median = statistics.median(times)
     out = {
@@ -199,7 +203,7 @@ def train(
     }  # fmt: skip
     if not model_name.endswith("-lora"):  # what a frozen weight costs is another formula
         out |= utilisation(flops, median, torch.cuda.get_device_name() if device == "cuda" else None)
-    if "graphs" in contender.options and device == "cuda":
+    if contender.may_graph and device == "cuda":
         out |= graphs_of(inner)
     if contender.ours and contender.name != "fp16":  # which converts no layer
         report = report_of(accelerator, model)
@@ -208,13 +212,17 @@ def train(
 
 
 def graphs_of(model: Any) -> dict[str, Any]:
-    """What was captured, and the memory that is reserved: the allocator counts nothing that replays use and free."""
-    import torch
+    """What became of graphs of layers; empty where nobody thought of them (`fp16` converts nothing)."""
+    from hf_lowprec.conversion import report_of, unwrapped
+    from hf_lowprec.graphs.lists import OWNER, LayerGraphs
 
-    graphs = model.__dict__["_hf_lowprec_graphs"]
+    report = report_of(model)
+    graphs = unwrapped(model).__dict__.get(OWNER) if report is None else report.graphs
+    if not isinstance(graphs, LayerGraphs):  # words, why there are none
+        return {} if graphs is None else {"graphs": str(graphs)}
     return {
         "graphs": str(graphs), "graphs_captured": graphs.captured, "graphs_replays": graphs.replays,
-        "graphs_eager": graphs.eager, "reserved_gib": round(torch.cuda.memory_reserved() / GIB, 3),
+        "graphs_eager": graphs.eager,
     }  # fmt: skip
 
 
@@ -236,6 +244,7 @@ def memory_between_steps(model: Any, optimizer: Any, device: str) -> dict[str, f
     return {
         "weights_gib": size(model.parameters()), "states_gib": size(states),
         "held_gib": round(torch.cuda.memory_allocated() / GIB, 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
     }  # fmt: skip
 
 
@@ -245,6 +254,9 @@ def timed(step: Any, warmup: int, steps: int, device: str) -> tuple[Any, list[fl
 
     times, hosts = [], []
     for index in range(warmup + steps):
+        if index == warmup - 1 and device == "cuda":  # one step to map again what steps need
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
         if index == warmup and device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if device == "cuda":
@@ -284,24 +296,24 @@ def add_ratios(cases: list[dict[str, Any]]) -> None:
         reference = base.get((case["model_name"], case["batch"]))
         if reference and case["status"] == "ok":
             case |= {"baseline_ms": reference["step_ms"], "ratio": round(case["step_ms"] / reference["step_ms"], 3)}
-            if case["peak_gib"] and reference["peak_gib"]:
-                case["peak_ratio"] = round(case["peak_gib"] / reference["peak_gib"], 3)
+            for memory in ("peak", "reserved"):
+                if case.get(f"{memory}_gib") and reference.get(f"{memory}_gib"):
+                    case[f"{memory}_ratio"] = round(case[f"{memory}_gib"] / reference[f"{memory}_gib"], 3)
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    rows = [("model", "batch", "contender", "step ms", "ratio", "host ms", "tokens/s", "MFU", "peak GiB", "ratio")]
+    rows = [("model", "batch", "contender", "step ms", "ratio", "host ms", "tokens/s", "MFU", "peak GiB", "ratio",
+             "reserved", "ratio", "graphs")]  # fmt: skip
     for c in cases:
-        fields = ("step_ms", "ratio", "host_ms", "tokens_per_s", "mfu_bf16", "peak_gib", "peak_ratio")
+        fields = ("step_ms", "ratio", "host_ms", "tokens_per_s", "mfu_bf16", "peak_gib", "peak_ratio", "reserved_gib",
+                  "reserved_ratio", "graphs_captured")  # fmt: skip
         numbers = [c.get(k) for k in fields]
         cells = ["-" if n is None else f"{n:g}" for n in numbers] if c["status"] == "ok" else [""] * len(fields)
         rows.append((c["model_name"], c["batch"], c["recipe"], *cells))
         if c["status"] != "ok":
-            rows[-1] = (*rows[-1][:9], f"  {c['status'][:60]}")
-    wide = max(len(row[2]) for row in rows)
-    return "\n".join(
-        f"{a:<9} {b:<9} {c:<{wide}} {d:>9} {e:>6} {f:>8} {g:>9} {h:>7} {i:>9} {j:>6}"
-        for a, b, c, d, e, f, g, h, i, j in rows
-    )
+            rows[-1] = (*rows[-1][:-1], f"  {c['status'][:60]}")
+    widths = ("<9", "<9", f"<{max(len(row[2]) for row in rows)}", *(f">{n}" for n in (9, 6, 8, 9, 7, 9, 6, 9, 6, 6)))
+    return "\n".join(" ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
 def wants(only: list[str], name: str) -> bool:

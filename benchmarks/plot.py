@@ -242,11 +242,15 @@ def step(data: dict[str, Any]) -> Figure:
 
 PARTS = (("weights_gib", "weights", "#8c8c8c"), ("states_gib", "optimizer states", "#8a63c9"),
          ("held", "cached FP8 weights, other state", "#2a9d5c"),
-         ("rest", "activations, gradients, temporaries", "#1f77d0"))  # fmt: skip
+         ("rest", "activations, gradients, temporaries", "#1f77d0"),
+         ("pools", "more that is reserved, where layers have CUDA graphs", "#b9d4ef"))  # fmt: skip
 
 
 def memory(data: dict[str, Any]) -> Figure:
-    """Peak memory of a step, stacked: what is held between steps, and what a step adds on top."""
+    """Peak memory of a step, stacked: what is held between steps, and what a step adds on top.
+
+    Where layers were captured, up to all that is reserved: the allocator does not see what replays use.
+    """
     groups = step_groups(data, "held_gib", baseline=True)
     figure = Figure(figsize=(8.2, 1.4 + 0.24 * sum(len(g) + 1 for g in groups.values())), layout="constrained")
     axes = figure.subplots()
@@ -255,14 +259,16 @@ def memory(data: dict[str, Any]) -> Figure:
         axes.text(0, position - 0.75, f"{model}, {batch}", fontsize=9, weight="bold", va="center")
         for case in cases:
             held = case["held_gib"] - case["weights_gib"] - case["states_gib"]
-            sizes = {**case, "held": max(held, 0.0), "rest": case["peak_gib"] - case["held_gib"]}
+            seen = "reserved" if case.get("graphs_captured") and "reserved_gib" in case else "peak"
+            sizes = {**case, "held": max(held, 0.0), "rest": case["peak_gib"] - case["held_gib"],
+                     "pools": case[f"{seen}_gib"] - case["peak_gib"]}  # fmt: skip
             left = 0.0
             for field, label, shade in PARTS:
                 axes.barh(position, sizes[field], left=left, color=shade, height=0.8,
                           label=label if not ticks else None)  # fmt: skip
                 left += sizes[field]
-            share = f" ({case['peak_ratio']:.2f})" if "peak_ratio" in case else ""
-            axes.text(left, position, f" {case['peak_gib']:.1f}{share}", va="center", fontsize=8)
+            share = f" ({case[f'{seen}_ratio']:.2f})" if f"{seen}_ratio" in case else ""
+            axes.text(left, position, f" {case[f'{seen}_gib']:.1f}{share}", va="center", fontsize=8)
             ticks.append((position, case["recipe"]))
             position += 1
         position += 1.2

@@ -5,7 +5,8 @@
     python benchmarks/profile_step.py 8b/2x4096x1/fp8-lm@bf16 --callers Memset      and who launches those
 
 Prints for every case a table of kernel groups (milliseconds, launches), the longest kernels of each, and the host's
-time beside the wall's for a step that is not profiled; with --out the same as JSON. Groups go by kernel names, in the
+time beside the wall's for a step that is not profiled; with --out the same as JSON. Kernels of CUDA graphs count like
+others; to see who launches them, profile the case with +nographs. Groups go by kernel names, in the
 order of GROUPS; what no pattern knows is "other elementwise", so the sum is the whole step. With --callers it counts
 which operators of torch, inside which others, have launched the GPU's work of a name that matches.
 """
@@ -22,10 +23,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench_step import add_peers, import_peers, make_optimizer, recipe_argument
+from bench_step import add_graphs, add_peers, import_peers, make_optimizer, recipe_argument
 from environment import environment
 from harness import SCRATCH, build_llama, make_accelerator, read_cases, write_results
-from step_cases import MODELS, parse
+from step_cases import GRAPH_WARMUP, MODELS, parse
 
 GROUPS: tuple[tuple[str, str], ...] = (
     ("attention", r"sdpa|fmha|flash_(fwd|bwd)|attention"),
@@ -101,8 +102,7 @@ def run(case: str, pattern: str | None = None) -> dict[str, Any]:
     model_name, batch, recipe = case.split("/")
     contender = parse(recipe)
     import_peers(contender)
-    os.environ["HF_LOWPREC_LIGER"] = str(int("liger-loss" in contender.options))
-    os.environ["HF_LOWPREC_FUSE"] = str(int("nofuse" not in contender.options))
+    os.environ.update(contender.environment("cuda"))
     rows, seq, micro_batches = map(int, batch.split("x"))
     options: dict[str, Any] = {"gradient_accumulation_steps": micro_batches}
     if "compile" in contender.options:
@@ -110,6 +110,7 @@ def run(case: str, pattern: str | None = None) -> dict[str, Any]:
     accelerator = make_accelerator(recipe_argument(contender), "cuda", **options)
     model = build_llama(0, contender.dtype, "cuda", **MODELS[model_name])
     add_peers(model, contender)
+    add_graphs(model, contender, "cuda")
     model, optimizer = accelerator.prepare(model, make_optimizer(contender, list(model.parameters())))
     model.train()
     ids = torch.randint(0, MODELS[model_name]["vocab_size"], (micro_batches, rows, seq), device="cuda")
@@ -121,7 +122,7 @@ def run(case: str, pattern: str | None = None) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    for _ in range(3):
+    for _ in range(3 + (GRAPH_WARMUP if contender.may_graph else 0)):
         step()
     torch.cuda.synchronize()
     clock = time.perf_counter()

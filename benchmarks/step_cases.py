@@ -15,7 +15,10 @@ options  liger                     liger-kernel's RMSNorm, SwiGLU, rope and fuse
          liger-loss                ours with liger-kernel's fused linear cross-entropy alone (HF_LOWPREC_LIGER=1)
          one, none                 ours with that many cached layouts of the low-precision weights instead of both
          remade                    ours with `saved_inputs: remade`
-         graphs                    CUDA graphs of the layers, ours or the baseline's (hf_lowprec.graph_layers)
+         graphs                    CUDA graphs of the layers whatever they gain, ours or the baseline's
+                                   (hf_lowprec.graph_layers); ours without a word takes them where the GPU waits for
+                                   the host (HF_LOWPREC_GRAPHS=auto)
+         nographs                  ours without them (HF_LOWPREC_GRAPHS=0)
          nofuse                    ours without fused norms, GLUs and shared inputs (HF_LOWPREC_FUSE=0)
          8bit, compact, ...        ours with these optimizer states in place of the recipe's
 """
@@ -43,24 +46,27 @@ CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("8b", "2x4096x1", (
         BASELINE, "fp8-lm@bf16", "fp8-lm", "te-current", "bf16+liger", "torchao+compile", "fp8-lm+compile",
         "te-current@bf16+8bit", "fp8-lm@bf16+liger-loss+one", "te-current@bf16+compact+liger-loss+none",
-        "te-delayed", "fp8-amax", "fp8-lm-o1", "te-current@bf16", "fp8-lm@bf16+nofuse", "bf16@bf16", "bf16+compile",
+        "te-current@bf16+8bit+remade+one", "fp8-lm@bf16+remade+liger-loss+one",
+        "te-current@bf16+compact+liger-loss+none+remade", "te-delayed", "fp8-amax", "fp8-lm-o1", "te-current@bf16",
+        "fp8-lm@bf16+nofuse", "bf16@bf16", "bf16+compile",
         "torchao", "torchao-rowwise+compile", "torchao-rowwise", "te-current+compile", "bf16@bf16+liger",
         "torchao@bf16+compile", "fp8-lm@bf16+compile", "fp8-lm@bf16+remade", "te-current@bf16+remade",
     )),
-    ("1b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm@bf16+graphs", "bf16+graphs", "fp8-lm", "te-current",
-                        "fp8-lm+graphs", "bf16@bf16+graphs", "bf16@bf16", "bf16+liger", "torchao", "torchao+compile",
-                        "fp8-lm+compile", "te-delayed", "fp8-amax")),
-    ("8b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm", "te-current", "bf16+liger", "bf16@bf16", "torchao",
+    ("1b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm@bf16+nographs", "fp8-lm@bf16+graphs", "bf16+graphs",
+                        "fp8-lm", "te-current", "fp8-lm+graphs", "bf16@bf16+graphs", "bf16@bf16",
+                        "bf16+liger", "torchao", "torchao+compile", "fp8-lm+compile", "te-delayed", "fp8-amax")),
+    ("8b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm@bf16+nographs", "fp8-lm", "te-current", "bf16+liger",
+                        "bf16@bf16", "torchao", "torchao+compile", "fp8-lm+compile", "te-delayed", "fp8-amax")),
+    ("1b", "2x4096x1", (BASELINE, "fp8-lm@bf16", "fp8-lm@bf16+nographs", "fp8-lm", "te-current", "bf16+liger",
                         "torchao+compile", "fp8-lm+compile", "te-delayed", "fp8-amax")),
-    ("1b", "2x4096x1", (BASELINE, "fp8-lm@bf16", "fp8-lm", "te-current", "bf16+liger", "torchao+compile",
-                        "fp8-lm+compile", "te-delayed", "fp8-amax")),
     ("1b-lora", "2x4096x1", (BASELINE, "fp8-lm", "bf16@bf16", "fp8-lm@bf16")),
 )  # fmt: skip
 # What an emulation costs: the model of recipe_study.py, all of its recipes.
 RECIPES = (("23m", "16x512x1", (
-    BASELINE, "bf16-sr@bf16", "fp16", "fp8-lm", "fp8-lm-o1", "fp8-lm-o3", "te-delayed", "te-current", "fp8-amax",
-    "fp8-cscale", "mxfp8", "mxfp6", "mxfp6-e2m3", "mxfp4", "mxint8", "bitnet", "bitnet-b1.58", "switchback",
-    "switchback-m", "switchback-q", "unit-scaling", "u-mup", "fp8-flex", "hfp8", "fp8-chunked", "sr-mac",
+    BASELINE, "bf16-sr@bf16", "fp16", "fp8-lm", "fp8-lm+nographs", "bf16+graphs", "fp8-lm-o1", "fp8-lm-o3",
+    "te-delayed", "te-current", "fp8-amax", "fp8-cscale", "mxfp8", "mxfp6", "mxfp6-e2m3", "mxfp4", "mxint8", "bitnet",
+    "bitnet-b1.58", "switchback", "switchback-m", "switchback-q", "unit-scaling", "u-mup", "fp8-flex", "hfp8",
+    "fp8-chunked", "sr-mac",
 )),)  # fmt: skip
 MICRO = (
     ("tiny", "2x64x2", (BASELINE, "bf16@bf16", "fp8-lm", "fp8-lm@bf16+8bit", "torchao", "bf16+liger")),
@@ -68,8 +74,11 @@ MICRO = (
 )
 
 PEERS = ("torchao", "torchao-rowwise")
-_SWITCHES = ("liger", "compile", "liger-loss", "one", "none", "nofuse", "remade", "graphs")
-GRAPH_WARMUP = 6  # steps more until layers are captured: three without a change, after scales are known
+_SWITCHES = ("liger", "compile", "liger-loss", "one", "none", "nofuse", "remade", "graphs", "nographs")
+_OWN = ("liger-loss", "one", "none", "nofuse", "remade", "nographs")
+# Steps more until layers are captured: three without a change, after scales are known. Where the package decides about
+# graphs by itself, it does so in these steps.
+GRAPH_WARMUP = 6
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,21 @@ class Contender:
         return next((option for option in ("one", "none") if option in self.options), None)
 
     @property
+    def may_graph(self) -> bool:
+        """Whether layers may be captured on a GPU, asked for or not. torch.compile has graphs of its own."""
+        decided = self.ours and not {"nographs", "compile"} & self.options
+        return decided or "graphs" in self.options
+
+    def environment(self, device: str) -> dict[str, str]:
+        """What the package's switches are set to, so that none is inherited. There are no graphs on a CPU."""
+        forced = "graphs" in self.options and self.ours and device == "cuda"
+        return {
+            "HF_LOWPREC_LIGER": str(int("liger-loss" in self.options)),
+            "HF_LOWPREC_FUSE": str(int("nofuse" not in self.options)),
+            "HF_LOWPREC_GRAPHS": "1" if forced else "0" if "nographs" in self.options else "auto",
+        }
+
+    @property
     def changes(self) -> dict[str, str]:
         """Fields of the recipe that the case changes."""
         out = {} if self.weight_cache is None else {"weight_cache": self.weight_cache}
@@ -102,13 +126,15 @@ def parse(text: str) -> Contender:
     contender = Contender(name, dtype or "fp32", frozenset(options) - set(states), states[0] if states else None)
     if contender.dtype not in ("fp32", "bf16") or len(states) > 1:
         raise ValueError(f"{text!r}: weights are loaded in fp32 or bf16, states are named once")
-    own = {"liger-loss", "one", "none", "nofuse", "remade"} & contender.options
+    own = [option for option in _OWN if option in contender.options]
     if (own or states) and not contender.ours:
         raise ValueError(f"{text!r}: {', '.join([*own, *states])} belongs to recipes of ours")
     if "liger" in contender.options and contender.ours:
         raise ValueError(f"{text!r}: liger replaces the norms and MLPs that a recipe fuses; liger-loss is its loss")
     if {"graphs", "compile"} <= contender.options:
         raise ValueError(f"{text!r}: torch.compile has graphs of its own")
+    if {"graphs", "nographs"} <= contender.options:
+        raise ValueError(f"{text!r}: graphs or nographs")
     return contender
 
 

@@ -30,9 +30,16 @@ def test_contenders() -> None:
         "te-current", "bf16", "compact", "none", True)  # fmt: skip
     assert parse("fp8-lm@bf16+one+remade").changes == {"weight_cache": "one", "saved_inputs": "remade"}
     assert not parse("torchao-rowwise+compile").ours and not parse("bf16@bf16+liger").ours
+    assert parse("fp8-lm@bf16+nofuse").environment("cuda") == {
+        "HF_LOWPREC_LIGER": "0", "HF_LOWPREC_FUSE": "0", "HF_LOWPREC_GRAPHS": "auto"}  # fmt: skip
+    for name, graphs, may in (("fp8-lm", "auto", True), ("fp8-lm+graphs", "1", True), ("fp8-lm+nographs", "0", False),
+                              ("fp8-lm+compile", "auto", False), ("bf16+graphs", "auto", True),
+                              ("bf16", "auto", False), ("torchao", "auto", False)):  # fmt: skip
+        assert (parse(name).environment("cuda")["HF_LOWPREC_GRAPHS"], parse(name).may_graph) == (graphs, may), name
+    assert parse("fp8-lm+graphs").environment("cpu")["HF_LOWPREC_GRAPHS"] == "auto", "there are none on a CPU"
     assert not parse("bf16+graphs").ours and parse("fp8-lm@bf16+graphs").ours
     wrongs = ("fp8-lm@fp16", "bf16+8bit", "torchao+liger-loss", "bf16+remade", "fp8-lm+liger", "fp8-lm+8bit+4bit",
-              "bf16+graphs+compile")  # fmt: skip
+              "bf16+graphs+compile", "bf16+nographs", "fp8-lm+graphs+nographs")  # fmt: skip
     for wrong in wrongs:
         with pytest.raises(ValueError, match=wrong.replace("+", r"\+")):
             parse(wrong)
@@ -79,10 +86,11 @@ def test_every_call_measures_its_baseline_again(tmp_path: Path) -> None:
 
 
 def test_ratios_are_to_the_baseline_of_the_same_shape() -> None:
-    from bench_step import add_ratios
+    from bench_step import add_ratios, table
 
     def case(model: str, recipe: str, ms: float, peak: float | None = 10.0) -> dict[str, Any]:
-        return {"model_name": model, "batch": "b", "recipe": recipe, "status": "ok", "step_ms": ms, "peak_gib": peak}
+        return {"model_name": model, "batch": "b", "recipe": recipe, "status": "ok", "step_ms": ms, "peak_gib": peak,
+                "reserved_gib": 1.25 * peak + 5}  # fmt: skip
 
     cases = [
         case("8b", "bf16", 200),
@@ -90,8 +98,29 @@ def test_ratios_are_to_the_baseline_of_the_same_shape() -> None:
         case("1b", "x", 100),
         {**case("8b", "y", 1), "status": "no"},
     ]
+    del cases[0]["reserved_gib"]
     add_ratios(cases)
-    assert [c.get("ratio") for c in cases] == [1.0, 0.5, None, None] and cases[1]["peak_ratio"] == 0.4
+    assert "reserved_ratio" not in cases[1], "an older row has none"
+    cases[0]["reserved_gib"] = 17.5
+    add_ratios(cases)
+    assert [c.get("ratio") for c in cases] == [1.0, 0.5, None, None]
+    assert (cases[1]["peak_ratio"], cases[1]["reserved_ratio"]) == (0.4, 0.571)
+    rows = table(cases).splitlines()
+    assert rows[0].split()[-3:] == ["reserved", "ratio", "graphs"] and rows[2].split()[-3:] == ["10", "0.571", "-"]
+
+
+def test_what_became_of_graphs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench_step import graphs_of
+    from graph_cases import FakeCapturer, FakeGauge, stack
+
+    from hf_lowprec.graphs import graph_layers, rehearsal
+
+    monkeypatch.setattr(rehearsal, "KNOWN", (*rehearsal.KNOWN, "graph_cases"))
+    model = stack()
+    assert graphs_of(model) == {}
+    graph_layers(model, when="waiting", capturer=FakeCapturer, gauge=FakeGauge(), device_type="cpu")
+    assert graphs_of(model)["graphs"] == "layers if the GPU waits for the host"
+    assert graphs_of(model)["graphs_captured"] == graphs_of(model)["graphs_replays"] == 0
 
 
 def test_the_step_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
@@ -127,7 +156,8 @@ def test_figures_of_steps_kernels_and_break_even(tmp_path: Path, capsys: pytest.
     cells = [[w, t, 2.0, 2.0 * r] for w, r in ((1024, 1.4), (4096, 0.6)) for t in (512, 8192)]
     share = {"status": "ok", "copy_share": 0.93, "gb_per_s": 2800.0, "environment": environment}
     results: dict[str, Any] = {
-        "step": [gpu_case(*pair) for pair in (("bf16", 200), ("fp8-lm@bf16", 108), ("torchao", 360))],
+        "step": [*(gpu_case(*pair) for pair in (("bf16", 200), ("fp8-lm@bf16", 108), ("torchao", 360))),
+                 gpu_case("fp8-lm", 90, graphs_captured=8, reserved_gib=45.0, reserved_ratio=0.9)],
         "breakeven": [{"recipe": "te-current", "cells": cells, "environment": environment}],
         "kernels": [{"kernel": "quantise, 8192 x 4096", **share}, {"kernel": "small, 16 x 16", **share}],
     }  # fmt: skip
