@@ -305,8 +305,8 @@ def breakeven(data: dict[str, Any]) -> Figure:
         axes.set_title(f"{case['recipe']}: time / bf16")
         axes.set_xlabel("hidden size")
     figure.axes[0].set_ylabel("tokens in a micro-batch")
-    figure.supxlabel(f"two Llama layers, forward and backward, eager, CUDA graphs where the GPU waits; {conditions(cases[0]['environment'])}",
-                     fontsize=8)  # fmt: skip
+    what = "two Llama layers, forward and backward, eager, CUDA graphs where the GPU waits"
+    figure.supxlabel(f"{what}; {conditions(cases[0]['environment'])}", fontsize=8)
     return figure
 
 
