@@ -75,6 +75,8 @@ def host_microseconds(call: Callable[[], Any], device: str, calls: int = 30) -> 
 
 def measure(case: Case, copy: float | None, device: str, rounds: int) -> dict[str, Any]:
     """copy: GB/s of the device copy of the same process."""
+    import hf_lowprec.kernels  # noqa: F401  without it all operators are plain torch
+
     try:
         call = calls_in_turn(case, device)
         ms = milliseconds(call, device, rounds)

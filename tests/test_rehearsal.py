@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hf_lowprec
 from hf_lowprec.conversion import report_of
-from hf_lowprec.graphs import GraphError, LayerGraphs, graph_layers, rehearsal
+from hf_lowprec.graphs import GraphError, LayerGraphs, graph_layers, lists, rehearsal
 from hf_lowprec.graphs.rehearsal import BUSY_GPU, ORDER, Rehearsal
 from hf_lowprec.integrations import switches
 from hf_lowprec.integrations.switches import Switches, settle
@@ -179,14 +179,29 @@ def test_lengths_that_change_all_the_time_are_given_up() -> None:
     assert str(graphs) == "none of layers: no call was like those of 3 steps before"
 
 
-def test_another_batch_is_another_decision() -> None:
+def test_a_busy_gpu_is_asked_again() -> None:
     model, gauge = stack(), FakeGauge(waiting=False)
     graphs = waiting(model, gauge)
     train(model, 6)
     assert graphs.captured == 0
     gauge.waiting = True
-    train(model, 6, lengths=(12,))
+    train(model, 20)
+    assert graphs.captured == 0 and not graphs.lists[0]._records, "calls are not looked at meanwhile"
+    train(model, lists._PAUSE - 15)
     assert graphs.captured == 3
+
+
+def test_another_batch_is_another_decision() -> None:
+    model, gauge = stack(), FakeGauge()
+    graphs = waiting(model, gauge)
+    train(model, 6)
+    assert graphs.captured == 3
+    gauge.waiting = False
+    train(model, 6, lengths=(12,))
+    assert graphs.captured == 3 and graphs.lists[0].kinds == 1
+    replays = graphs.replays
+    train(model, 1)
+    assert graphs.replays > replays
 
 
 def test_whoever_asks_gets_graphs() -> None:

@@ -37,6 +37,7 @@ _LOG = logging.getLogger("hf_lowprec")
 
 OWNER = "_hf_lowprec_graphs"  # in a model's __dict__
 _KEPT = 64  # kinds of calls that are counted
+_PAUSE = 200  # optimizer steps until it is asked again whether the GPU waits
 _PATIENCE = 50  # optimizer steps in which graphs that nobody asked for must have been captured
 # Nothing to say about: a training run has them.
 _USUAL = ("no gradients", "recomputed in a backward pass", "in evaluation mode", "warming up", "captured")
@@ -93,7 +94,8 @@ class LayerList:
         self._last = -1
         self._said: set[str] = set()
         self._since: int | None = None  # the optimizer step of the first pass
-        self._off: str | None = None  # why no call is captured any more, where that may be
+        self._off: str | None = None  # why no call is looked at, of graphs that nobody asked for
+        self._until: int | None = None  # the optimizer step from which on they are, or for ever
 
     @property
     def size(self) -> int:
@@ -111,7 +113,9 @@ class LayerList:
     def run(self, runner: _Runner, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of `layer`. Raises GraphError: it cannot be captured."""
         if self._off is not None:
-            return forward(layer, *args, **kwargs)
+            if self._until is None or steps() < self._until:
+                return forward(layer, *args, **kwargs)
+            self._off = self._until = self._since = None
         reason, call = self._reason(runner, layer), None
         if reason is None:
             snapshot = runner.snapshot
@@ -209,9 +213,13 @@ class LayerList:
             why = "nothing was seen of it" if rehearsal is None else rehearsal.verdict(self._gradient_bytes())
             if why is not None:
                 record.give_up(why)
-            _LOG.info("CUDA graphs of %s: %s", self.name, "captured from now on" if why is None else f"none, {why}")
-            if rehearsal is not None and rehearsal.why is not None:  # whatever the call is like
-                self._off = rehearsal.why
+            if why is None:
+                _LOG.info("CUDA graphs of %s: captured from now on", self.name)
+            elif rehearsal is not None and rehearsal.why is not None:
+                self._stop(why)
+            elif not self.captured:  # a question of size: asked again some time, and no look at calls until then
+                self._stop(why)
+                self._until = steps() + _PAUSE
         elif record.stage == "warming" and record.quiet:
             if record.rehearsal is None:
                 device = next(p.device for layer in self._alive() for p in layer.parameters())
@@ -235,7 +243,7 @@ class LayerList:
     def insist(self) -> None:
         """Graphs were asked for, after they had been left to a rehearsal."""
         self.clear()
-        self._off = None
+        self._off = self._until = None
 
     def _capture(
         self, record: Record[LayerGraph], runner: _Runner, layer: nn.Module, forward: Callable[..., Any],
