@@ -16,9 +16,11 @@ controls); m gaps in all,
 
     |mean gap| <= t(97.5 %, m) * c / sqrt(n)     "within": no gap beyond what chance makes was seen
 
-for both numbers, else "outside". The right-hand side is `shows`: the least gap that the study could have told from
-chance. One of twenty numbers without a cause is outside. `apart` is the root mean square of the distance of the
-training curves, whatever its sign, as a multiple of the controls'.
+for both numbers. The right-hand side is `shows`: the least gap that the study could have told from chance. Where a
+mean is larger, but not larger than t(97.5 %, n - 1) times its own standard error, the pair "scatters": more than sums
+in another order do, to no side. Otherwise it is "outside". One of twenty numbers without a cause is beyond its range.
+`apart` is the root mean square of the distance of the training curves, whatever its sign, as a multiple of the
+controls'.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ PAIRS = (
     (UNFUSED, FUSED), (UNFUSED, SAVED), (FUSED, SAVED), (REMADE, FUSED),
     *((recipe, BASELINE) for recipe in (FUSED, UNFUSED, SAVED, REMADE)),
 )  # fmt: skip
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom: the controls' mean is known to be zero.
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; m for m controls, whose mean is known to be zero.
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18)
 NUMBERS = ("valid", "curve")
 
@@ -118,8 +120,15 @@ def judge(row: dict[str, Any], controls: Sequence[dict[str, Any]]) -> None:
         row[key]["shows"] = t * chance / math.sqrt(len(row["seeds"]))
     distance = rms([control["distance"] for control in controls])
     row["apart"] = row["distance"] / distance if distance else None
-    within = all(abs(row[key]["mean"]) <= row[key]["shows"] for key in NUMBERS)
-    row["verdict"] = "within" if within else "outside"
+    beyond = [row[key] for key in NUMBERS if abs(row[key]["mean"]) > row[key]["shows"]]
+    scatters = all(abs(number["mean"]) <= own_range(number["gaps"]) for number in beyond)
+    row["verdict"] = "within" if not beyond else "scatters" if scatters else "outside"
+
+
+def own_range(gaps: Sequence[float]) -> float:
+    """Of a mean, by the gaps' own scatter; 0 for a single one."""
+    n = len(gaps)
+    return T975[min(n - 1, len(T975)) - 1] * statistics.stdev(gaps) / math.sqrt(n) if n > 1 else 0.0
 
 
 def rms(values: Sequence[float]) -> float:

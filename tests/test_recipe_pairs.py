@@ -73,11 +73,14 @@ def test_a_gap_is_judged_by_the_controls() -> None:
     assert mixed["valid"]["shows"] == pytest.approx(2.45 * (0.001**2 / 2) ** 0.5 / 3**0.5), "half of it is bf16's"
     assert "verdict" not in compare_pairs([*base, *noise, *bf16[:3]])[-1], "bf16 has no control yet"
     assert text.count("\n") == 3 and "within" in text and text.splitlines()[1].endswith("control")
+    wide = [run("fp8-lm+nofuse", seed, 4.0 + d) for seed, d in ((1, 0.08), (2, -0.03), (3, 0.03))]
+    assert compare_pairs([*base, *noise, *wide])[-1]["verdict"] == "scatters", "to no side"
+    assert compare_pairs([*base, *noise, *wide[:1]])[-1]["verdict"] == "outside", "one seed has no scatter"
     lone = compare_pairs([*base, *small])
     assert "verdict" not in lone[0] and "no control yet" in table(lone)
     same = compare_pairs([*base, *(run("fp8-lm~", seed, 4.0) for seed in (1, 2, 3)), *small])
     json.dumps(same, allow_nan=False)
-    assert same[1]["apart"] is None and same[1]["verdict"] == "outside" and "control" in table(same)
+    assert same[1]["apart"] is None and same[1]["verdict"] == "scatters" and "control" in table(same)
 
 
 def test_a_nudge_moves_what_every_token_meets() -> None:
