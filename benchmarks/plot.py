@@ -24,7 +24,7 @@ from environment import REPOSITORY
 from harness import BASELINE, RESULTS
 from matplotlib.figure import Figure
 from plot_numbers import formats_sqnr, number_lines
-from plot_recipes import constant_window, recipes
+from plot_recipes import constant_window, fused_loss, recipes
 from verdict import TOLERANCE
 
 IMAGES = REPOSITORY / "docs" / "img"
@@ -412,6 +412,10 @@ def study(data: dict[str, Any]) -> Figure:
     return recipes(data, conditions(data["cases"][0]["environment"]))
 
 
+def pairs(data: dict[str, Any]) -> Figure:
+    return fused_loss(data, conditions(data["cases"][0]["environment"]))
+
+
 def window(data: dict[str, Any]) -> Figure:
     return constant_window(data, conditions(data["environment"]))
 
@@ -427,6 +431,7 @@ FIGURES: dict[str, tuple[str | None, Callable[[dict[str, Any]], Figure]]] = {
     "optim": ("optim.json", optim),
     "recipes": ("recipes.json", study),
     "recipes_cpu": ("recipes_cpu.json", study),
+    "fused_loss": ("fused_loss.json", pairs),
     "constant_window": ("constant_window.json", window),
     "formats_sqnr": (None, formats_sqnr),
     "number_lines": (None, number_lines),

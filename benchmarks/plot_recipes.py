@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of recipe_study.py and constant_window.py, from their results alone."""
+"""Figures of recipe_study.py, with and without --fused, and constant_window.py, from their results alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from harness import BASELINE
 from matplotlib.figure import Figure
+from recipe_pairs import CONTROLS, PAIRS, curve_gaps
 
 GREY = "#8c8c8c"
 SHADES = ("#1f77d0", "#c03a7f", "#2a9d5c", "#e08a1e", "#8a63c9", "#4fa3b8", "#d0553c", "#7db8f2", "#de7fb0", "#74c79a")
@@ -56,6 +57,58 @@ def recipes(data: dict[str, Any], where: str) -> Figure:
     figure.supylabel("training loss", fontsize=10)
     figure.supxlabel(f"step; beside each name its gap in validation loss to bf16\n{model}; {where}", fontsize=9)
     return figure
+
+
+def fused_loss(data: dict[str, Any], where: str) -> Figure:
+    """Above, how training curves of a pair part, over the range of the controls; below, the final gaps."""
+    done = {(case["recipe"], case["seed"]): case for case in data["cases"] if case["status"] == "ok"}
+    figure = Figure(figsize=(8.6, 6.4), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    panels = zip(above.subplots(1, 2, sharey=True), ("fused and unfused", "what backward keeps"), strict=True)
+    shade_of = dict(zip(PAIRS, (*SHADES[:4], *SHADES[4:5] * 4), strict=True))
+    for at, (panel, title) in enumerate(panels):
+        for names in (CONTROLS[0], *PAIRS[2 * at : 2 * at + 2]):
+            label: str | None = f"{' to '.join(names)}{' (control)' * (names in CONTROLS)}"
+            shade = shade_of.get(names, GREY)
+            for gaps in gap_curves(done, *names):
+                panel.plot(gaps[:, 0], smooth(gaps[:, 1]), color=shade, lw=1.0, label=label)
+                label = None
+        panel.set_title(title)
+        panel.set_xlabel("step")
+        panel.set_ylabel("" if at else "training loss, gap (%)")
+        panel.legend(fontsize=7)
+    draw_pairs(below.subplots(), data["pairs"], shade_of)
+    case = data["cases"][0]
+    model = f"Llama, {case['parameters'] / 1e6:.1f} M parameters, {case['study']['steps']} steps"
+    figure.supxlabel(f"{model}; {where}", fontsize=8)
+    return figure
+
+
+def gap_curves(done: dict[tuple[str, int], dict[str, Any]], one: str, other: str) -> list[np.ndarray]:
+    """[steps, 2]: step, gap in % of the training loss, for each seed of both."""
+    seeds = [seed for recipe, seed in done if recipe == one and (other, seed) in done]
+    return [np.array(curve_gaps(done[one, seed], done[other, seed])) * (1, 100) for seed in seeds]
+
+
+def draw_pairs(axes: Any, rows: list[dict[str, Any]], shade_of: dict[tuple[str, str], str]) -> None:
+    """Gap of the final validation loss of each pair: seeds, mean, and the range that chance makes of a mean."""
+    label: str | None = "a mean gap by chance, 95 %"
+    for y, row in enumerate(rows):
+        shade, valid = shade_of.get((row["of"], row["to"]), GREY), row["valid"]
+        if "shows" in valid:
+            least = 100 * valid["shows"]
+            axes.barh(y, 2 * least, left=-least, color=GREY, alpha=0.25, height=0.8, label=label)
+            label = None
+        axes.plot(100 * np.array(valid["gaps"]), [y] * len(valid["gaps"]), "|", color=shade, ms=8)
+        axes.plot(100 * valid["mean"], y, "o", color=shade, ms=5)
+    axes.axvline(0, color=GREY, lw=0.8)
+    said = [row.get("verdict", "control" if row["control"] else "no control yet") for row in rows]
+    axes.set_yticks(range(len(rows)), [f"{r['of']} to {r['to']}: {s}" for r, s in zip(rows, said, strict=True)],
+                    fontsize=8)  # fmt: skip
+    axes.invert_yaxis()
+    axes.set_xlabel("validation loss at the end, gap (%): each seed, mean", fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
 
 
 def constant_window(data: dict[str, Any], where: str) -> Figure:

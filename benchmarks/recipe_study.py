@@ -5,6 +5,7 @@
     python benchmarks/recipe_study.py                                      the study (one GPU)
     python benchmarks/recipe_study.py --device cpu --jobs 2                the stand-in without a GPU
     python benchmarks/recipe_study.py --recipes fp8-lm my.yaml --seeds 1 2 3
+    python benchmarks/recipe_study.py --fused --seeds 1 2 3                fused, unfused, saved: `recipe_pairs.py`
 
 Cases are all PRESETS but `bf16`, which is the baseline (stock accelerate: fp32 weights, bf16 autocast, fp32 AdamW),
 and the negative controls of `recipe_controls.py`. A candidate runs the same function with one word changed. A seed
@@ -43,15 +44,16 @@ from harness import (
     file_name,
     finish,
     make_accelerator,
-    parse_recipe,
     peak_gib,
     read_cases,
     reusable,
     start,
     write_results,
 )
-from loss_parity import EVERY, Study, Windows, build_optimizer, validate
+from loss_parity import EVERY, Study, Windows, build_optimizer, nudge, validate
 from recipe_controls import CONTROLS, control_optimizer, control_recipe, mechanism
+from recipe_pairs import compare_pairs, parse, wanted
+from recipe_pairs import table as table_of_pairs
 from verdict import compare
 
 
@@ -92,7 +94,7 @@ def slow(recipe: str) -> int:
     """0, or how a recipe whose sums are emulated compares with others of that kind."""
     from hf_lowprec.presets import get_recipe
 
-    name = parse_recipe(recipe)[0]
+    name = parse(recipe).name
     chosen = control_recipe(name) if name in CONTROLS else get_recipe(name)
     sums = [gemm.accumulation for gemm in (chosen.fprop, chosen.dgrad, chosen.wgrad)] if chosen else []
     return max((1 + (s.rounding.mode == "stochastic") for s in sums if s.format is not None), default=0)
@@ -146,10 +148,13 @@ def train(recipe: str, seed: int, study: RecipeStudy, corpus: Path, device: str)
 
     torch.set_num_threads(1)
     os.environ["HF_LOWPREC_BREAK_EVEN"] = "0"  # the question is the loss, whatever the speed
-    name, dtype = parse_recipe(recipe)
+    name, dtype, fused, control = parse(recipe)
+    os.environ["HF_LOWPREC_FUSE"] = str(int(fused))
     dtype = LOADED.get(name, dtype)
     accelerator = make_accelerator(mixed_precision(name), device)
     model = build_llama(seed, dtype, **study.model)
+    if control:
+        nudge(model)
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = control_optimizer(name, build_optimizer(study, model))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, study.learning_rate)
@@ -165,6 +170,7 @@ def train(recipe: str, seed: int, study: RecipeStudy, corpus: Path, device: str)
     mark = time.perf_counter()
     for step in range(1, study.steps + 1):
         ids = text.batch(order[(step - 1) * study.batch : step * study.batch])
+        ids = ids.flip(0) if control else ids  # sums over tokens in another order
         loss = model(input_ids=ids, labels=ids).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), study.clip)
@@ -264,13 +270,13 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def store(path: Path, cases: list[dict[str, Any]], order: list[str], corpus: Path) -> None:
+def store(path: Path, cases: list[dict[str, Any]], order: list[str], corpus: Path, fused: bool) -> None:
     rank = {name: i for i, name in enumerate([BASELINE, *order])}
     cases.sort(key=lambda c: (rank.get(c["recipe"], len(rank)), c["recipe"], c["seed"]))
     meta = json.loads((corpus / "meta.json").read_text())
-    data = {"benchmark": "recipes", "summary": summarize(cases), "mechanism": mechanism(), "corpus": meta.get("files"),
-            "cases": cases}  # fmt: skip
-    write_results(path, data)
+    own = {"pairs": compare_pairs(cases)} if fused else {"mechanism": mechanism()}
+    write_results(path, {"benchmark": "fused_loss" if fused else "recipes", "summary": summarize(cases), **own,
+                         "corpus": meta.get("files"), "cases": cases})  # fmt: skip
 
 
 def run(args: argparse.Namespace, study: RecipeStudy) -> int:
@@ -283,8 +289,8 @@ def run(args: argparse.Namespace, study: RecipeStudy) -> int:
     stored = [case for case in read_cases(args.out) if reusable(case, settings, here, args.any_source)]
     done = [case for case in stored if not (args.retry and case["status"] == "failed")]
     have = {(case["recipe"], case["seed"]) for case in done}
-    waiting = [(r, seed) for seed in args.seeds for r in [BASELINE, *chosen] if (r, seed) not in have]
-    waiting.sort(key=lambda pair: slow(pair[0]))
+    pairs = wanted(args.seeds) if args.fused else [(r, seed) for seed in args.seeds for r in [BASELINE, *chosen]]
+    waiting = sorted((pair for pair in pairs if pair not in have), key=lambda pair: slow(pair[0]))
     gpus = max(1, here["gpu_count"]) if args.device == "cuda" else 1
     print(f"{len(done)} cases done before, {len(waiting)} to run, {args.jobs} at a time", flush=True)
 
@@ -297,7 +303,7 @@ def run(args: argparse.Namespace, study: RecipeStudy) -> int:
             load = [gpu for _, _, gpu, _ in running.values()]
             gpu = min(range(gpus), key=load.count)
             target = SCRATCH / f"recipes-{file_name(recipe)}-{seed}.json"
-            case = {"recipe": recipe, "seed": seed, "family": own.get(parse_recipe(recipe)[0], "control"
+            case = {"recipe": recipe, "seed": seed, "family": own.get(parse(recipe).name, "control"
                     if recipe in CONTROLS else "own"), **settings}  # fmt: skip
             process = start(__file__, {**case, "corpus": str(args.corpus)}, target, gpu)
             running[pair] = (process, target, gpu, time.monotonic())
@@ -311,7 +317,7 @@ def run(args: argparse.Namespace, study: RecipeStudy) -> int:
                 continue
             case = {**json.loads(target.read_text()), "command": here["command"]}
             done.append(case)
-            store(args.out, done, order, args.corpus)
+            store(args.out, done, order, args.corpus, args.fused)
             said = case.get("reason") or f"valid {case['valid_loss']}"
             print(f"{pair[0]} seed {pair[1]}: {case['status']}, {said}, {time.monotonic() - began:.0f} s", flush=True)
         if time.monotonic() > deadline:
@@ -320,6 +326,8 @@ def run(args: argparse.Namespace, study: RecipeStudy) -> int:
                 process.terminate()
             break
     print(table(summarize(done)))
+    if args.fused:
+        print(table_of_pairs(compare_pairs(done)))
     for reason in failed:
         print(f"NOT FINISHED: {reason}")
     return 1 if failed else 0
@@ -340,6 +348,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipes", nargs="*", help="default: all presets and controls; bf16 always runs")
     parser.add_argument("--skip", nargs="*", default=[], help="recipes to leave out")
+    parser.add_argument("--fused", action="store_true", help="the study of recipe_pairs.py in place of --recipes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--tokens", type=int, help="tokens of a step: the batch follows")
@@ -351,7 +360,7 @@ def main() -> int:
     parser.add_argument("--retry", action="store_true", help="run cases again that failed")
     parser.add_argument("--corpus", type=Path, default=REPOSITORY / ".corpus")
     parser.add_argument(
-        "--out", type=Path, help="default: results/recipes.json or recipes_cpu.json; scratch for trials"
+        "--out", type=Path, help="default: results/recipes.json, recipes_cpu.json, fused_loss.json; scratch for trials"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -365,7 +374,7 @@ def main() -> int:
             raise SystemExit(f"--tokens: a multiple of the sequence length, {study.seq}")
         study = replace(study, batch=args.tokens // study.seq)
     args.jobs = args.jobs or (4 if args.device == "cuda" else 2)
-    name = "recipes.json" if args.device == "cuda" else "recipes_cpu.json"
+    name = f"{'fused_loss' if args.fused else 'recipes'}{'' if args.device == 'cuda' else '_cpu'}.json"
     args.out = args.out or (RESULTS if study in (RecipeStudy(), STAND_IN) else SCRATCH) / name
     if not (args.corpus / "meta.json").is_file():
         raise SystemExit(f"no corpus in {args.corpus.name}; build it: python benchmarks/corpus.py --fetch")

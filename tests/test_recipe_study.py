@@ -36,6 +36,10 @@ def accelerate_state():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def text_corpus(folder: Path) -> Path:
     """A few documents of this repository through the corpus' own tokenizer."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
@@ -44,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sys.path.remove(str(BENCHMARKS))
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/numerics.md"))
     tokenizer = train_tokenizer([Document("x", "x", text)], 384, len(text))
-    folder = tmp_path_factory.mktemp("corpus")
+    folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = np.array(tokenizer.encode(text).ids, dtype=np.uint16)
     ids.tofile(folder / "train.bin")
