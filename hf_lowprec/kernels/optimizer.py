@@ -186,6 +186,7 @@ class Tables:
         self._sums = torch.empty(sums, dtype=torch.float64, device=device)
         self._squares: Tensor | None = None
         self._factor: Tensor | None = None
+        self._look_captured = self._staged = False  # the last look was; what it staged is still what there is
         self._look_up = look_up_tables(device)
 
     @property
@@ -207,6 +208,7 @@ class Tables:
 
     def set_grads(self, grads: Sequence[int]) -> None:
         """New addresses of the gradients."""
+        self._staged = False
         values = int64(grads)
         if torch.equal((values & 15) == 0, self._grads_aligned):
             self._mirror.write(_GRADS, values)
@@ -215,6 +217,7 @@ class Tables:
 
     def set_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
         """New hyperparameters, `group_numbers` each."""
+        self._staged = False
         self._groups = torch.tensor(groups, dtype=torch.int64)
         self._mirror.write(_GROUPS, self._groups)
 
@@ -252,6 +255,10 @@ class Tables:
         self._chunks = self._mirror.part(_CHUNKS).view(torch.int32).view(-1, 2)
         self._parts_of = [self._chunks[launch.begin :] for launch in self._launches]
 
+    def _capture(self) -> None:
+        self._mirror.capture()
+        _CAPTURED.append((self._mirror, *vars(self).values()))
+
     # --- a step --------------------------------------------------------------------------------------------------
 
     def look(self, limit: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -260,11 +267,19 @@ class Tables:
         limit: the norm that they are to be clipped to, a number or float32 0-d on the device.
 
         Returns (norm, factor) as `optim.clipping.norm_of` and `factor_of` have them, float32 0-d. The factor is
-        overwritten by the next look, the norm is not. Not while a CUDA graph is captured.
+        overwritten by the next look, the norm is not. In a CUDA graph, its step belongs into the same one.
+
+        Raises RuntimeError while a CUDA graph is being captured, if there was no look before.
         """
         from hf_lowprec.kernels.triton import gradient_norm, prepare
 
-        self._mirror.ready()
+        self._look_captured = self._staged = capturing(self.device)
+        if not self._look_captured:
+            self._mirror.ready()
+        elif self._squares is None:
+            raise RuntimeError("clip_grad_norm_ can be captured after it ran once with the same parameters: run it")
+        else:
+            self._capture()
         count = int(self._counts.sum())
         if self._squares is None or self._factor is None:
             self._squares = torch.empty(count, dtype=torch.float32, device=self.device)
@@ -302,10 +317,12 @@ class Tables:
         where a sample of it shows an edit. (A step in a CUDA graph reads them all, as does the first one.)
         looked: `look` was the last thing that happened here, and the gradients are what they were.
         """
-        if capturing(self.device):
-            trusted = looked = False
-            self._mirror.capture()
-            _CAPTURED.append((self._mirror, *vars(self).values()))
+        captured = capturing(self.device)
+        looked = looked and captured == self._look_captured
+        if captured:
+            trusted = False
+            if not (looked and self._staged):
+                self._capture()
         else:
             self._mirror.ready()
         look = 0 if finite is not None else 2 if elementwise else 1

@@ -253,9 +253,9 @@ class LowPrecOptimizer(Optimizer):
         the step then takes none. A norm that is not finite skips the step, which counts itself. `zero_grad` and `step`
         forget the clip; a second one first does `apply_clip`.
 
-        max_norm: a number, or a tensor of one element. norm_type: any of torch's; others than 2, shards, parameters on
-        several devices, states without kernels on CUDA, learning rates per weight, and captures of CUDA graphs take
-        `optim.clip_factor`, torch's norm, and the step looks itself.
+        max_norm: a number, or a tensor of one element. norm_type: any of torch's. Norms other than 2, shards,
+        parameters on several devices, states without kernels on CUDA, and learning rates per weight take
+        `optim.clip_factor`, torch's norm, and the step looks itself. In a CUDA graph clip and step belong together.
 
         Returns the norm before clipping, float32 0-d on the device of the gradients; nobody waits for it. The order
         of its summation: `optim/clipping.py`.
@@ -290,16 +290,14 @@ class LowPrecOptimizer(Optimizer):
         if plan is not None and not plan.sharded:
             if plan.again is not None and (found := plan.again.gradients()) is not None:
                 batch = plan.again.batch
-                if not _kernels().capturing(batch.device):
-                    return self._fused.look_at(batch, *found, _limit(max_norm, batch.device), unchanged=True)
-            else:
-                items = self._collect(plan=plan)
-                try:
-                    look = self._look_at(plan, items, max_norm)
-                finally:
-                    self._release(items)
-                if look is not None:
-                    return look
+                return self._fused.look_at(batch, *found, _limit(max_norm, batch.device), unchanged=True)  # type: ignore[no-any-return]
+            items = self._collect(plan=plan)
+            try:
+                look = self._look_at(plan, items, max_norm)
+            finally:
+                self._release(items)
+            if look is not None:
+                return look
         factor, norm = clip_factor(self._parameters(), max_norm, norm_type)
         return Look(norm, factor)
 
@@ -309,7 +307,7 @@ class LowPrecOptimizer(Optimizer):
         if len(routes) != 1:
             return None
         device, covered = plan.routes[routes.pop()]
-        if covered and not _kernels().capturing(device):
+        if covered:
             if self._fused is None:
                 self._fused = _kernels().Fused(self)
             return self._fused.look(self.algorithm, items, _limit(max_norm, device))
