@@ -186,6 +186,8 @@ def train(
             with accelerator.accumulate(model):
                 loss = model(input_ids=tokens, labels=tokens).loss
                 accelerator.backward(loss)
+                if "clip" in contender.options and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
         return loss.detach()

@@ -19,6 +19,8 @@ options  liger                     liger-kernel's RMSNorm, SwiGLU, rope and fuse
                                    (hf_lowprec.graph_layers); ours without a word takes them where the GPU waits for
                                    the host (HF_LOWPREC_GRAPHS=auto)
          nographs                  ours without them (HF_LOWPREC_GRAPHS=0)
+         clip                      accelerator.clip_grad_norm_ to 1, as in the Trainer: by torch for the baseline, in
+                                   the step for ours (HF_LOWPREC_CLIP=0: by torch)
          nofuse                    ours without fused norms, GLUs and shared inputs (HF_LOWPREC_FUSE=0)
          8bit, compact, ...        ours with these optimizer states in place of the recipe's
 """
@@ -52,6 +54,7 @@ CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "fp8-lm@bf16+nofuse", "bf16@bf16", "bf16+compile",
         "torchao", "torchao-rowwise+compile", "torchao-rowwise", "te-current+compile", "bf16@bf16+liger",
         "torchao@bf16+compile", "fp8-lm@bf16+compile", "fp8-lm@bf16+remade", "te-current@bf16+remade",
+        "bf16+clip", "fp8-lm@bf16+clip", "fp8-lm+clip",
     )),
     ("1b", "1x2048x4", (BASELINE, "fp8-lm@bf16", "fp8-lm@bf16+nographs", "fp8-lm@bf16+graphs", "bf16+graphs",
                         "fp8-lm", "te-current", "fp8-lm+graphs", "bf16@bf16+graphs", "bf16@bf16",
@@ -75,7 +78,7 @@ MICRO = (
 )
 
 PEERS = ("torchao", "torchao-rowwise")
-_SWITCHES = ("liger", "compile", "liger-loss", "one", "none", "nofuse", "remade", "graphs", "nographs")
+_SWITCHES = ("liger", "compile", "liger-loss", "one", "none", "nofuse", "remade", "graphs", "nographs", "clip")
 _OWN = ("liger-loss", "one", "none", "nofuse", "remade", "nographs")
 # Steps more until layers are captured: three without a change, after scales are known. Where the package decides about
 # graphs by itself, it does so in these steps.

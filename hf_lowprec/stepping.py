@@ -133,6 +133,8 @@ def attach_optimizer(
         how += ", steps the learned ranges too"
     _report(session, optimizer, f"optimizer {type(optimizer).__name__} {how}")
     session.scaling.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if session.has_rates:
+        rates.foresee(optimizer)
     carry_state(session, optimizer)
     return optimizer
 

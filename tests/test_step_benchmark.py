@@ -38,6 +38,7 @@ def test_contenders() -> None:
         assert (parse(name).environment("cuda")["HF_LOWPREC_GRAPHS"], parse(name).may_graph) == (graphs, may), name
     assert parse("fp8-lm+graphs").environment("cpu")["HF_LOWPREC_GRAPHS"] == "auto", "there are none on a CPU"
     assert not parse("bf16+graphs").ours and parse("fp8-lm@bf16+graphs").ours
+    assert not parse("bf16+clip").ours and parse("fp8-lm@bf16+8bit+clip").states == "8bit"
     wrongs = ("fp8-lm@fp16", "bf16+8bit", "torchao+liger-loss", "bf16+remade", "fp8-lm+liger", "fp8-lm+8bit+4bit",
               "bf16+graphs+compile", "bf16+nographs", "fp8-lm+graphs+nographs")  # fmt: skip
     for wrong in wrongs:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training side of accelerate: `Accelerator.__init__`, `prepare` and `prepare_model` learn recipes.
 
-Bare scripts, transformers' Trainer and TRL's trainers all pass through these three methods, so nothing else is
-patched, but for one line by which an Accelerator learns what its Trainer trains.
+Bare scripts, transformers' Trainer and TRL's trainers all pass through these methods, so nothing else is patched, but
+for one line by which an Accelerator learns what its Trainer trains.
 
     __init__        a recipe's name becomes its base precision, which accelerate knows; the recipe is remembered
     prepare         models are converted before DDP, FSDP or DeepSpeed wrap them, optimizers adopted, schedulers
                     re-pointed (integrations/accelerate_prepare.py)
     prepare_model   reached by `prepare`, and directly for models that are only evaluated
+    clip_grad_..._  by the norm, gradients of one of our optimizers are clipped in its step
+                    (integrations/accelerate_clip.py)
 
-In a process that uses no recipe, each of them calls accelerate's own and does nothing else.
+In a process that uses no recipe and no optimizer of ours, each of them calls accelerate's own and does nothing else.
 """
 
 from __future__ import annotations
@@ -108,10 +110,11 @@ def _active(accelerator: Any) -> bool:
 
 
 def patch_accelerator(module: Any) -> None:
-    """`accelerate.accelerator`: wrap the three methods of Accelerator, and the repr of AcceleratorState."""
+    """`accelerate.accelerator`: wrap these methods of Accelerator, and the repr of AcceleratorState."""
     settle_environment()
     cls, state_cls = module.Accelerator, module.AcceleratorState
     init, prepare, prepare_model, state_repr = cls.__init__, cls.prepare, cls.prepare_model, state_cls.__repr__
+    by_norm, by_value = cls.clip_grad_norm_, cls.clip_grad_value_
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -144,6 +147,26 @@ def patch_accelerator(module: Any) -> None:
             before_prepare_model(self, model, evaluation_mode)
         return prepare_model(self, model, device_placement=device_placement, evaluation_mode=evaluation_mode)
 
+    @functools.wraps(by_norm)
+    def _clip_grad_norm_(self: Any, parameters: Any, max_norm: Any, norm_type: Any = 2) -> Any:
+        if "hf_lowprec.optim" in sys.modules:  # otherwise no optimizer can be one of ours
+            from hf_lowprec.integrations.accelerate_clip import clip_in_step
+
+            parameters = _listed(parameters)
+            norm = clip_in_step(self, parameters, max_norm, norm_type)
+            if norm is not None:
+                return norm
+        return by_norm(self, parameters, max_norm, norm_type=norm_type)
+
+    @functools.wraps(by_value)
+    def _clip_grad_value_(self: Any, parameters: Any, clip_value: Any) -> Any:
+        if "hf_lowprec.optim" in sys.modules:
+            from hf_lowprec.integrations.accelerate_clip import apply_clips
+
+            parameters = _listed(parameters)
+            apply_clips(self, parameters)
+        return by_value(self, parameters, clip_value)
+
     @functools.wraps(state_repr)
     def __repr__(self: Any) -> str:
         text: str = state_repr(self)
@@ -154,6 +177,12 @@ def patch_accelerator(module: Any) -> None:
         return text.replace(line, f"{line} (hf_lowprec recipe: {recipe.name})")
 
     cls.__init__, cls.prepare, cls.prepare_model, state_cls.__repr__ = __init__, _prepare, _prepare_model, __repr__
+    cls.clip_grad_norm_, cls.clip_grad_value_ = _clip_grad_norm_, _clip_grad_value_
+
+
+def _listed(parameters: Any) -> list[Any]:
+    """One Parameter or several, which may come as a generator, to be gone over more than once."""
+    return [parameters] if hasattr(parameters, "grad_fn") else list(parameters)
 
 
 def patch_trainer(module: Any) -> None:

@@ -6,6 +6,7 @@ again only where something has changed: rows when an address did, gradients' add
 when one did. Copies come from pinned memory and nobody waits for them. A step is then at most
 
     amax (if the step looks at all gradients first; else a sample of the Parameters that follow masters, if any do)
+    + norm (with clipping, which looks before the step does)
     + prepare + one launch per kind of tensor (+ mu of the gradients)
 
 Kinds differ in dtypes and states; a tensor whose addresses are not aligned, and the last chunk of one whose length is
@@ -14,6 +15,7 @@ no multiple of a tile, are a kind of their own, that loads element by element.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 from functools import cache
@@ -32,6 +34,7 @@ from hf_lowprec.kernels.wires import (
     AMAX,
     AMAX_TILE,
     AMAX_WARPS,
+    EXTREMES,
     SEEN,
     Wire,
     native,
@@ -47,6 +50,7 @@ _GROUP_COLUMNS, _SCALARS, _EDITED = 16, 32, 19  # columns, and one of those of `
 _FOLLOWS = {("fp32", "bf16"): 1, ("fp32", "fp16"): 2, ("fp16p", "bf16"): 3, ("fp16p", "fp16"): 4}
 SAMPLED_ABOVE = 1 << 16
 _SAMPLE_WARPS = 4
+NORM_BLOCK, _NORM_WARPS = 8192, 16  # sums of chunks that one program adds at a time
 
 
 class Row(NamedTuple):
@@ -100,6 +104,10 @@ def group_numbers(
     doubles = [_double_bits(value) for value in (*betas, eps, decay)]
     row = [lr_word, kind, *doubles, int(coupled), int(maximize), int(nesterov), _double_bits(ratio)]
     return (*row, *[0] * (_GROUP_COLUMNS - len(row)))
+
+
+def _single_bits(value: float) -> int:
+    return ctypes.c_int32.from_buffer(ctypes.c_float(value)).value  # beyond float32's range: Inf
 
 
 def _double_bits(value: float) -> int:
@@ -176,6 +184,9 @@ class Tables:
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         sums = int(self._counts.sum()) if algorithm == "stable_adam" else 0
         self._sums = torch.empty(sums, dtype=torch.float64, device=device)
+        self._squares: Tensor | None = None
+        self._factor: Tensor | None = None
+        self._look_captured = self._staged = False  # the last look was; what it staged is still what there is
         self._look_up = look_up_tables(device)
 
     @property
@@ -197,6 +208,7 @@ class Tables:
 
     def set_grads(self, grads: Sequence[int]) -> None:
         """New addresses of the gradients."""
+        self._staged = False
         values = int64(grads)
         if torch.equal((values & 15) == 0, self._grads_aligned):
             self._mirror.write(_GRADS, values)
@@ -205,6 +217,7 @@ class Tables:
 
     def set_groups(self, groups: Sequence[tuple[int, ...]]) -> None:
         """New hyperparameters, `group_numbers` each."""
+        self._staged = False
         self._groups = torch.tensor(groups, dtype=torch.int64)
         self._mirror.write(_GROUPS, self._groups)
 
@@ -242,11 +255,58 @@ class Tables:
         self._chunks = self._mirror.part(_CHUNKS).view(torch.int32).view(-1, 2)
         self._parts_of = [self._chunks[launch.begin :] for launch in self._launches]
 
+    def _capture(self) -> None:
+        self._mirror.capture()
+        _CAPTURED.append((self._mirror, *vars(self).values()))
+
     # --- a step --------------------------------------------------------------------------------------------------
+
+    def look(self, limit: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The look at all gradients, before the step that is told `looked`; on the way their norm.
+
+        limit: the norm that they are to be clipped to, a number or float32 0-d on the device.
+
+        Returns (norm, factor) as `optim.clipping.norm_of` and `factor_of` have them, float32 0-d. The factor is
+        overwritten by the next look, the norm is not. In a CUDA graph, its step belongs into the same one.
+
+        Raises RuntimeError while a CUDA graph is being captured, if there was no look before.
+        """
+        from hf_lowprec.kernels.triton import gradient_norm, prepare
+
+        self._look_captured = self._staged = capturing(self.device)
+        if not self._look_captured:
+            self._mirror.ready()
+        elif self._squares is None:
+            raise RuntimeError("clip_grad_norm_ can be captured after it ran once with the same parameters: run it")
+        else:
+            self._capture()
+        count = int(self._counts.sum())
+        if self._squares is None or self._factor is None:
+            self._squares = torch.empty(count, dtype=torch.float32, device=self.device)
+            self._factor = torch.ones((), dtype=torch.float32, device=self.device)
+        norm = torch.empty((), dtype=torch.float32, device=self.device)
+        self._seen[:, :EXTREMES].zero_()
+        launches: list[Launch] = []
+        if len(self._chunks):
+            table, grads, _ = self._parts
+            self._queue(
+                launches, prepare.amax_kernel, len(self._chunks),
+                (self._chunks, table, grads, self._seen, self._scalars, self._squares),
+                WIRED=self.wired, SAMPLE=False, NORM=True, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        most, bits = (limit, 0) if isinstance(limit, Tensor) else (self._factor, _single_bits(limit))
+        self._queue(
+            launches, gradient_norm.norm_kernel, 1, (self._squares, most, norm, self._factor, count, bits),
+            TENSOR=isinstance(limit, Tensor), BLOCK=NORM_BLOCK, num_warps=_NORM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+        launch_all(launches, self.device)
+        return norm, self._factor
 
     def step(
         self, *, clip: Tensor | None, finite: Tensor | None, elementwise: bool, coupled: bool, quick: bool,
         skipped_steps: Tensor, skipped_elements: Tensor, amaxes: Tensor | None = None, trusted: bool = False,
+        looked: bool = False,
     ) -> Tensor:  # fmt: skip
         """Runs the kernels and returns whether the step was finite, 0-d bool.
 
@@ -255,28 +315,34 @@ class Tables:
         `root_and_quotient`. amaxes: float32 [rows], of gradients that other ranks have parts of; with `finite` only.
         trusted: since the last step torch has counted no edit of a Parameter: one that follows a master is read only
         where a sample of it shows an edit. (A step in a CUDA graph reads them all, as does the first one.)
+        looked: `look` was the last thing that happened here, and the gradients are what they were.
         """
-        if capturing(self.device):
+        captured = capturing(self.device)
+        looked = looked and captured == self._look_captured
+        if captured:
             trusted = False
-            self._mirror.capture()
-            _CAPTURED.append((self._mirror, *vars(self).values()))
+            if not (looked and self._staged):
+                self._capture()
         else:
             self._mirror.ready()
         look = 0 if finite is not None else 2 if elementwise else 1
         amax = (look == 1 or self.predicted or self.wired) and len(self._chunks) > 0
-        if amax or self._notes_amax:
+        if looked:
+            if self.wired or self._notes_amax:
+                self._seen[:, EXTREMES:].zero_()
+        elif amax or self._notes_amax:
             self._seen.zero_()
         if amaxes is not None:
             self._seen[:, AMAX] = amaxes.view(torch.int32)
         # Most steps launch what the last one did: nothing of it is looked up again.
-        key = (elementwise, coupled, quick, trusted, id(skipped_steps), id(skipped_elements))
-        alone = clip is None and finite is None
+        key = (elementwise, coupled, quick, trusted, looked, clip is None, id(skipped_steps), id(skipped_elements))
+        alone = (clip is None or clip is self._factor) and finite is None
         if alone and self._last is not None and self._last[0] == key:
             launches = self._last[1]  # which keep the counters alive, and so their ids
         else:
             launches = self._made(
                 look, amax, clip, finite, elementwise, coupled, quick, skipped_steps, skipped_elements,
-                given=amaxes is not None, trusted=trusted,
+                given=looked or amaxes is not None, trusted=trusted,
             )  # fmt: skip
             self._last = (key, launches) if alone else None
         launch_all(launches, self.device)
@@ -286,7 +352,7 @@ class Tables:
         self, look: int, amax: bool, clip: Tensor | None, finite: Tensor | None, elementwise: bool, coupled: bool,
         quick: bool, skipped_steps: Tensor, skipped_elements: Tensor, *, given: bool, trusted: bool,
     ) -> list[Launch]:  # fmt: skip
-        """The launches of a `step`. given: it got `amaxes`."""
+        """The launches of a `step`. given: the gradients' amaxes are there."""
         from hf_lowprec.kernels.triton import optimizer as kernels
         from hf_lowprec.kernels.triton import prepare, sample
 
@@ -295,8 +361,9 @@ class Tables:
         tensors, seen = len(self.kinds), self._seen
         if amax and not given:
             self._queue(
-                launches, prepare.amax_kernel, len(self._chunks), (self._chunks, table, grads, seen, self._scalars),
-                WIRED=self.wired, SAMPLE=self._follows, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
+                launches, prepare.amax_kernel, len(self._chunks),
+                (self._chunks, table, grads, seen, self._scalars, self._scalars),
+                WIRED=self.wired, SAMPLE=self._follows, NORM=False, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
             )  # fmt: skip
         if self._follows and (given or not amax) and len(self._chunks):
             self._queue(

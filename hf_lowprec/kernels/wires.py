@@ -148,9 +148,10 @@ class Exchange:
         self._seen.zero_()
         look = Launch(
             Bound.of(
-                amax_kernel, self.device, WIRED=True, SAMPLE=False, CHUNK=CHUNK, TILE=AMAX_TILE, num_warps=AMAX_WARPS,
+                amax_kernel, self.device, WIRED=True, SAMPLE=False, NORM=False, CHUNK=CHUNK, TILE=AMAX_TILE,
+                num_warps=AMAX_WARPS,
             ),
-            count, (chunks, table, pointers, self._seen, self._seen),
+            count, (chunks, table, pointers, self._seen, self._seen, self._seen),
         )  # fmt: skip
         cast = Launch(
             Bound.of(

@@ -36,6 +36,7 @@ from hf_lowprec.optim import states as st
 from hf_lowprec.optim.algorithms import Item
 from hf_lowprec.optim.bounds import check_predictable
 from hf_lowprec.optim.checkpoints import BEFORE_CHECKPOINT as BEFORE_CHECKPOINT
+from hf_lowprec.optim.clipping import Look, Waiting, clip_factor, factor_of, norm_of
 from hf_lowprec.optim.plan import Plan, make_item, quantise
 from hf_lowprec.recipe import Quant, States
 
@@ -75,6 +76,7 @@ class LowPrecOptimizer(Optimizer):
 
     algorithm: str = ""
     compile: bool = False
+    regroups: bool = False  # whether `step` finds other param groups than there are outside of it (`optim/rates.py`)
 
     def __init__(
         self,
@@ -122,6 +124,7 @@ class LowPrecOptimizer(Optimizer):
         self._fused: Any = None
         self.swaps: list[GradientSwap] = []  # through whose formats gradients pass
         self.notes_amax = False
+        self._waiting: Waiting | None = None  # a clip for the next step
 
     def _start_counters(self) -> None:
         first = next(self._parameters(), None)
@@ -151,6 +154,7 @@ class LowPrecOptimizer(Optimizer):
             if "states" in param_group:
                 param_group["states"] = st.states_name(param_group["states"])
             param_group["algorithm"] = self.algorithm
+        self.apply_clip()  # it is none of the new group's
         super().add_param_group(param_group)
         try:
             self._admit(self.param_groups[-1])
@@ -221,15 +225,97 @@ class LowPrecOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._plan_of_step()
-        if self._again(plan, clip):
-            return loss
-        items = self._collect(plan=plan)
-        try:
-            if items or plan.sharded:  # other ranks wait for this one
-                self._update(items, clip, all_of_them=True)
-        finally:
-            self._release(items)
+        self._check_clip(clip)
+        look: Look | None = None
+        if self._waiting is not None:
+            look = self._waiting.look
+            clip = look.factor if clip is None else look.factor * _factor(clip, look.factor.device)
+            if not self._waiting.unchanged():
+                look = None
+        if not self._again(plan, clip, look):
+            items = self._collect(plan=plan)
+            try:
+                if items or plan.sharded:  # other ranks wait for this one
+                    self._update(items, clip, look, all_of_them=True)
+            finally:
+                self._release(items)
+        self._waiting = None
         return loss
+
+    # --- clipping --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float | Tensor, norm_type: float = 2.0) -> Tensor:
+        """Has the next `step` scale all gradients by min(1, max_norm / (norm + 1e-6)), and returns their norm.
+
+        As `torch.nn.utils.clip_grad_norm_`, but **`p.grad` stays as it is**: the step applies the factor as it does
+        `clip=`. On CUDA the look at all gradients that a step begins with is taken here and gives the norm on the way;
+        the step then takes none. A norm that is not finite skips the step, which counts itself. `zero_grad` and `step`
+        forget the clip; a second one first does `apply_clip`.
+
+        max_norm: a number, or a tensor of one element. norm_type: any of torch's. Norms other than 2, shards,
+        parameters on several devices, states without kernels on CUDA, and learning rates per weight take
+        `optim.clip_factor`, torch's norm, and the step looks itself. In a CUDA graph clip and step belong together.
+
+        Returns the norm before clipping, float32 0-d on the device of the gradients; nobody waits for it. The order
+        of its summation: `optim/clipping.py`.
+
+        Raises RuntimeError on sparse gradients, and `step` does where a gradient was written or set anew in between.
+        """
+        if self._waiting is not None and not self._waiting.gone():
+            self.apply_clip()
+        self._waiting = None
+        look = self._look(max_norm, norm_type)
+        self._waiting = Waiting(list(self._parameters()), look)
+        return look.norm
+
+    @torch.no_grad()
+    def apply_clip(self) -> None:
+        """Multiplies the gradients in place by the factor that waits for the next step, as torch would have: for code
+        that reads or writes `p.grad` after `clip_grad_norm_`. Nothing happens where none waits.
+
+        Raises RuntimeError where a gradient was written or set anew before."""
+        if self._waiting is not None:
+            self._waiting.apply()
+            self._waiting = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what `clip_grad_norm_` left for the next step is forgotten."""
+        super().zero_grad(set_to_none)
+        self._waiting = None
+
+    def _look(self, max_norm: float | Tensor, norm_type: float) -> Look:
+        """Norm and factor, and what the step may use of the look at all gradients."""
+        plan = self._plan_now() if norm_type == 2 and not self.regroups else None
+        if plan is not None and not plan.sharded:
+            if plan.again is not None and (found := plan.again.gradients()) is not None:
+                batch = plan.again.batch
+                return self._fused.look_at(batch, *found, _limit(max_norm, batch.device), unchanged=True)  # type: ignore[no-any-return]
+            items = self._collect(plan=plan)
+            try:
+                look = self._look_at(plan, items, max_norm)
+            finally:
+                self._release(items)
+            if look is not None:
+                return look
+        factor, norm = clip_factor(self._parameters(), max_norm, norm_type)
+        return Look(norm, factor)
+
+    def _look_at(self, plan: Plan, items: list[Item], max_norm: float | Tensor) -> Look | None:
+        """`_look` at items by kernels, or on the CPU; None: neither."""
+        routes = {item.route for item in items}
+        if len(routes) != 1:
+            return None
+        device, covered = plan.routes[routes.pop()]
+        if covered:
+            if self._fused is None:
+                self._fused = _kernels().Fused(self)
+            return self._fused.look(self.algorithm, items, _limit(max_norm, device))
+        if device.type != "cpu":
+            return None
+        norm = norm_of(item.grad for item in items)
+        amax = None if self.nonfinite == "element" else algorithms.gradient_amax(items)
+        return Look(norm, factor_of(norm, max_norm), amax, [item.key for item in items])
 
     def _plan_now(self) -> Plan:
         if self._plan is None or not self._plan.current(self):
@@ -244,15 +330,14 @@ class LowPrecOptimizer(Optimizer):
             self._forget()
         return plan
 
-    def _again(self, plan: Plan, clip: Tensor | None) -> bool:
+    def _again(self, plan: Plan, clip: Tensor | None, look: Look | None) -> bool:
         """The step, if it is the last one over again but for values: by kernels, without a look at each parameter."""
         if plan.again is None or (found := plan.again.gradients()) is None:
             return False
         plan.check(self.algorithm)
-        self._check_clip(clip)
         batch = plan.again.batch
         self._count_on(batch.device)
-        self._fused.run(batch, *found, _factor(clip, batch.device), None, unchanged=True)
+        self._fused.run(batch, *found, _factor(clip, batch.device), None, look=look, unchanged=True)
         return True
 
     def _collect(self, params: Iterable[Tensor] | None = None, *, plan: Plan | None = None) -> list[Item]:
@@ -352,22 +437,25 @@ class LowPrecOptimizer(Optimizer):
             if getattr(self, name).device != home:
                 setattr(self, name, getattr(self, name).to(home))
 
-    def _update(self, items: list[Item], clip: Tensor | None = None, *, all_of_them: bool = False) -> None:
+    def _update(
+        self, items: list[Item], clip: Tensor | None = None, look: Look | None = None, *, all_of_them: bool = False
+    ) -> None:
         """One step of `items`, which hold their gradients: kernels where there are some, else the truth.
 
-        all_of_them: these are all the parameters with a gradient.
+        look: the last one, where no gradient has changed since. all_of_them: these are all the parameters with a
+        gradient.
         """
         plan = self._plan
         assert plan is not None
-        self._check_clip(clip)
         routes = {item.route for item in items}
         home = (items or plan.sharded)[0].param.device
         self._count_on(home)
         alone = len(routes) == 1 and plan.routes[items[0].route][1] and not plan.sharded
         if not (alone and plan.fused):
             quantise(items)
+            look = None if plan.wired else look
         if alone:
-            self._fused_step(items, _factor(clip, home), None)
+            self._fused_step(items, _factor(clip, home), None, look=look)
             plan.again = self._fused.again(plan.items, items) if all_of_them and plan.fused else None
             return
 
@@ -376,7 +464,7 @@ class LowPrecOptimizer(Optimizer):
         for item in items:
             split[item.route].append(item)
         elementwise = self.nonfinite == "element"
-        amaxes = {} if elementwise else {route: algorithms.gradient_amax(part) for route, part in split.items()}
+        amaxes = {} if elementwise else {route: _amax(part, look) for route, part in split.items()}
         flags = [algorithms.all_finite(amax).to(home) for amax in amaxes.values()]
         if clip is not None:
             flags.append(clip.detach().to(home).isfinite().all())
@@ -399,11 +487,12 @@ class LowPrecOptimizer(Optimizer):
         self.skipped_steps += finite.logical_not()
 
     def _fused_step(
-        self, items: list[Item], clip: Tensor | None, finite: Tensor | None, amaxes: Tensor | None = None
-    ) -> None:
+        self, items: list[Item], clip: Tensor | None, finite: Tensor | None, amaxes: Tensor | None = None,
+        look: Look | None = None,
+    ) -> None:  # fmt: skip
         if self._fused is None:
             self._fused = _kernels().Fused(self)
-        self._fused.step(self.algorithm, items, clip, finite, amaxes)
+        self._fused.step(self.algorithm, items, clip, finite, amaxes, look)
 
     def parameters_edited(self) -> None:
         """Says that Parameters were written in a way that torch does not count (in place through `.data`, by kernels
@@ -485,8 +574,23 @@ def _agree(
     return {route: torch.stack([known[item.index] for item in part]) for route, part in split.items()}, finite
 
 
-def _factor(clip: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if clip is None else clip.detach().to(device, torch.float32).reshape(())
+def _amax(items: list[Item], look: Look | None) -> Tensor:
+    """`algorithms.gradient_amax`, or what the look found."""
+    found = None if look is None else look.amax_of([item.key for item in items])
+    return algorithms.gradient_amax(items) if found is None else found
+
+
+def _factor(clip: Tensor | None, device: torch.device) -> Any:
+    if clip is None or (clip.dim() == 0 and clip.dtype == torch.float32 and clip.device == device):
+        return clip  # itself: kernels know its address
+    return clip.detach().to(device, torch.float32).reshape(())
+
+
+def _limit(max_norm: float | Tensor, device: torch.device) -> float | Tensor:
+    """What kernels take: a number, or float32 0-d on the device, without waiting for its value."""
+    if isinstance(max_norm, Tensor) and max_norm.device.type != "cpu":
+        return _factor(max_norm, device)  # type: ignore[no-any-return]
+    return float(max_norm)
 
 
 def _check_elementwise(item: Item) -> None:

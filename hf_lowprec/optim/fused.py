@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from hf_lowprec.kernels.mirror import capturing
 from hf_lowprec.kernels.optimizer import Row, Tables, group_numbers, kind_of, row
 from hf_lowprec.optim.algorithms import Item, adam_ratio
+from hf_lowprec.optim.clipping import Look
 from hf_lowprec.optim.slots import is_predicted, padded_width
 from hf_lowprec.optim.weights import layout
 from hf_lowprec.recipe import Quant, Residual, States
@@ -104,23 +105,41 @@ class Fused:
 
     def step(
         self, algorithm: str, items: Sequence[Item], clip: Tensor | None, finite: Tensor | None,
-        amaxes: Tensor | None = None,
+        amaxes: Tensor | None = None, look: Look | None = None,
     ) -> Tensor:  # fmt: skip
         """One step of `items`, which hold their gradients, all of one device. Returns whether it was finite.
 
         clip: float32 0-d. finite: 0-d bool that decides; None: the kernels look at the gradients themselves and count
         a skipped step. Then they also pass gradients through their communication formats (`Plan.fused`).
         amaxes: float32 [items], of the gradients on all ranks; only with `finite`. None: the kernels find them.
+        look: the last one at these gradients, which have not changed since.
         """
         plan = self._optimizer._plan
         wired = finite is None and plan is not None and plan.wired and plan.fused
         batch = self._batch(algorithm, items, wired)
         grads = [item.grad for item in items]
-        return self.run(batch, grads, list(map(Tensor.data_ptr, grads)), clip, finite, amaxes)
+        return self.run(batch, grads, list(map(Tensor.data_ptr, grads)), clip, finite, amaxes, look)
+
+    def look(self, algorithm: str, items: Sequence[Item], limit: float | Tensor) -> Look:
+        """A look at the gradients that `items` hold, all of one device, ahead of their step; their norm on the way.
+
+        limit: what it is to be clipped to, a number or float32 0-d on the device."""
+        plan = self._optimizer._plan
+        batch = self._batch(algorithm, items, plan is not None and plan.wired and plan.fused)
+        grads = [item.grad for item in items]
+        return self.look_at(batch, grads, list(map(Tensor.data_ptr, grads)), limit)
+
+    def look_at(
+        self, batch: _Batch, grads: list[Tensor], addresses: list[int], limit: float | Tensor, *,
+        unchanged: bool = False,
+    ) -> Look:  # fmt: skip
+        """`look` at a batch that is known to be the one. unchanged: so is it."""
+        with torch.cuda.device(batch.device) if batch.device.type == "cuda" else nullcontext():
+            return batch.look(grads, addresses, limit, unchanged)
 
     def run(
         self, batch: _Batch, grads: list[Tensor], addresses: list[int], clip: Tensor | None, finite: Tensor | None,
-        amaxes: Tensor | None = None, *, unchanged: bool = False,
+        amaxes: Tensor | None = None, look: Look | None = None, *, unchanged: bool = False,
     ) -> Tensor:  # fmt: skip
         """`step` of a batch that is known to be the one, with gradients at these addresses. unchanged: so is it."""
         optimizer = self._optimizer
@@ -132,7 +151,7 @@ class Fused:
         with torch.cuda.device(batch.device) if batch.device.type == "cuda" else nullcontext():
             return batch.step(
                 grads, addresses, clip, finite, amaxes, optimizer.nonfinite == "element",
-                optimizer.skipped_steps, optimizer.skipped_elements, unchanged,
+                optimizer.skipped_steps, optimizer.skipped_elements, look, unchanged,
             )  # fmt: skip
 
     def again(self, everything: Sequence[Item], items: Sequence[Item]) -> Again | None:
@@ -258,8 +277,40 @@ class _Batch:
 
     def step(
         self, grads: list[Tensor], addresses: list[int], clip: Tensor | None, finite: Tensor | None,
-        amaxes: Tensor | None, elementwise: bool, skipped_steps: Tensor, skipped_elements: Tensor, unchanged: bool,
+        amaxes: Tensor | None, elementwise: bool, skipped_steps: Tensor, skipped_elements: Tensor, look: Look | None,
+        unchanged: bool,
     ) -> Tensor:  # fmt: skip
+        grads, tables, unchanged = self._ready(grads, addresses, unchanged)
+        for i, copy in self.copies.items():
+            copy.copy_(self._params[i].detach())
+        trusted = unchanged or self.unedited()
+        versions, self._versions = self._versions, None  # of a step that raises nobody knows what it has done
+        out = tables.step(
+            clip=clip,
+            finite=finite,
+            amaxes=amaxes,
+            elementwise=elementwise,
+            coupled=self._coupled,
+            quick=self._quick,
+            skipped_steps=skipped_steps,
+            skipped_elements=skipped_elements,
+            trusted=trusted,
+            looked=look is not None and look.tables is tables and look.addresses == self._grads,
+        )
+        for i, copy in self.copies.items():
+            self._params[i].detach().copy_(copy)
+        if not capturing(self.device):  # which runs nothing
+            self._versions = versions if trusted and not self.copies else list(map(_VERSION, self._watched))
+        return out
+
+    def look(self, grads: list[Tensor], addresses: list[int], limit: float | Tensor, unchanged: bool) -> Look:
+        grads, tables, _ = self._ready(grads, addresses, unchanged)
+        norm, factor = tables.look(limit)
+        return Look(norm, factor, tables=tables, addresses=self._grads)
+
+    def _ready(self, grads: list[Tensor], addresses: list[int], unchanged: bool) -> tuple[list[Tensor], Tables, bool]:
+        """Tables that say what there is. Returns the gradients as they are read, too, and `unchanged`, if that still
+        holds."""
         if not all(map(Tensor.is_contiguous, grads)):
             grads = [grad.contiguous() for grad in grads]
             addresses = list(map(Tensor.data_ptr, grads))
@@ -281,26 +332,7 @@ class _Batch:
             self._hyper = groups
             self._coupled = any(row[6] and row[5] for row in groups)
             self._quick = all(_quick(group.values) for group in self._groups)
-        for i, copy in self.copies.items():
-            copy.copy_(self._params[i].detach())
-        trusted = unchanged or self.unedited()
-        versions, self._versions = self._versions, None  # of a step that raises nobody knows what it has done
-        out = self._tables.step(
-            clip=clip,
-            finite=finite,
-            amaxes=amaxes,
-            elementwise=elementwise,
-            coupled=self._coupled,
-            quick=self._quick,
-            skipped_steps=skipped_steps,
-            skipped_elements=skipped_elements,
-            trusted=trusted,
-        )
-        for i, copy in self.copies.items():
-            self._params[i].detach().copy_(copy)
-        if not capturing(self.device):  # which runs nothing
-            self._versions = versions if trusted and not self.copies else list(map(_VERSION, self._watched))
-        return out
+        return grads, self._tables, unchanged
 
     def _make(self, grads: list[int], groups: list[tuple[int, ...]], keeps: list[bool]) -> Tables:
         rows = [

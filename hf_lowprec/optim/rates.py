@@ -75,12 +75,19 @@ class _Part:
             self.whole["overrides"] = names
 
 
+def foresee(optimizer: Optimizer) -> None:
+    """Says that `split` will be called: an optimizer of ours then takes no look ahead of its steps."""
+    if isinstance(optimizer, LowPrecOptimizer):
+        optimizer.regroups = True
+
+
 def split(optimizer: Optimizer, factors: Mapping[int, float], *, independent: bool) -> None:
     """From here to `rejoin` the optimizer's groups are by factor. factors: by id of the Parameter; 1 where missing.
 
     Raises TypeError: `check`.
     """
     rejoin(optimizer)
+    foresee(optimizer)
     whole = optimizer.param_groups
     key = tuple((id(g), tuple(map(id, g["params"]))) for g in whole), tuple(sorted(factors.items())), independent
     known = optimizer.__dict__.get(_SPLIT)

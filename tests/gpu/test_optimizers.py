@@ -78,16 +78,24 @@ def assert_same(sets: Sets) -> None:
 
 
 def run(
-    sets: Sets, steps: int = 3, clip: float | None = None, spoil: Callable[[list, int], None] | None = None
+    sets: Sets,
+    steps: int = 3,
+    clip: float | None = None,
+    spoil: Callable[[list, int], None] | None = None,
+    norm: float | None = None,
 ) -> None:
-    """Steps of both, compared after each one; and the GPU's took the kernels."""
+    """Steps of both, compared after each one; and the GPU's took the kernels. norm: what gradients are clipped to."""
     for step in range(steps):
+        norms = []
         for params, optimizer in sets:
             set_gradients(params, step)
             if spoil is not None:
                 spoil(params, step)
+            if norm is not None:
+                norms.append(optimizer.clip_grad_norm_(norm).cpu())
             optimizer.step(clip=None if clip is None else torch.tensor(clip, device=params[0].device))
         assert_same(sets)
+        assert not norms or same_bits(*norms), norms
     assert [covered for _, covered in sets[1][1]._plan.routes] == [True]
 
 
@@ -140,6 +148,48 @@ def test_other_optimizers(make: Callable[..., LowPrecOptimizer], states: str, op
     else:
         sets = pair(make, (BF16,), states=states, **options)
     run(sets)
+
+
+@pytest.mark.parametrize("make", [AdamW, StableAdamW, Lion, SGD])
+@pytest.mark.parametrize("states", ["8bit", "fp8-lm", "compact", "fp32"])
+def test_clipped_by_the_norm(make: Callable[..., LowPrecOptimizer], states: str) -> None:
+    """The norm has the CPU's bits, too, before the first step and in later ones, and a NaN skips the step."""
+
+    def spoil(params: list, step: int) -> None:
+        if step == 2:
+            params[3].grad[1, 2] = float("nan")
+
+    run(pair(make, (BF16, FP32, FP16), states="8bit" if states == "compact" else states), 4, spoil=spoil, norm=0.05)
+    run(pair(make, (BF16,), states=states), norm=0.05)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_clipped_as_torch_clips(dtype: torch.dtype) -> None:
+    """Norm and step of torch.nn.utils.clip_grad_norm_ and `step()`, up to rounding: in float32 that of two sums."""
+    (ours, optimizer), (theirs, other) = ((p := parameters("cuda", (dtype,)), AdamW(p, states="fp32")) for _ in "ab")
+    for step in range(3):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        wide = torch.nn.utils.get_total_norm([p.grad.float() for p in theirs])
+        norm = optimizer.clip_grad_norm_(0.05)
+        torch.testing.assert_close(norm, wide, rtol=1e-5, atol=0)
+        expected = torch.nn.utils.clip_grad_norm_(theirs, 0.05)
+        torch.testing.assert_close(norm, expected.float(), rtol=1e-5 if dtype == FP32 else 1e-2, atol=0)
+        optimizer.step()
+        other.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == FP32 else 2**-7, atol=1e-6 if dtype == FP32 else 1e-4)
+
+
+def test_the_norm_of_many_chunks() -> None:
+    """More than one row of sums, 8192 chunks of 16384, and a tail."""
+    param = nn.Parameter(torch.zeros(8192 * 16384 + 16390, device="cuda", dtype=BF16))
+    param.grad = torch.randn_like(param)
+    twin = nn.Parameter(param.detach().cpu())
+    twin.grad = param.grad.cpu()
+    norm = SGD([param], lr=0.1).clip_grad_norm_(1.0)
+    assert same_bits(norm.cpu(), SGD([twin], lr=0.1).clip_grad_norm_(1.0))
+    torch.testing.assert_close(norm, torch.nn.utils.get_total_norm([param.grad.float()]), rtol=1e-5, atol=0)
 
 
 def test_dtypes_side_by_side() -> None:
@@ -332,25 +382,36 @@ def model_like(count: int) -> list[nn.Parameter]:
     return params
 
 
+@pytest.mark.parametrize("norm", [None, 0.5], ids=["plain", "norm"])
 @pytest.mark.parametrize("count", [90, 2000])
 @pytest.mark.parametrize(
     "states, options",
     [("8bit", {}), ("fp8-lm", {}), ("8bit", {"master": "fp32"}), ("fp8", {"master": "fp32", "nonfinite": "element"})],
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value,
 )
-def test_a_step_is_a_few_kernels(states: str, options: dict[str, str], count: int) -> None:
+def test_a_step_is_a_few_kernels(states: str, options: dict[str, str], count: int, norm: float | None) -> None:
+    """Clipping by the norm included, which has the one look at all gradients."""
     from torch.profiler import ProfilerActivity, profile
 
     params = model_like(count)
     optimizer = AdamW(two_groups(params), states=states, **options)
-    for _ in range(2):
+
+    def step() -> None:
+        if norm is not None:
+            optimizer.clip_grad_norm_(norm)
         optimizer.step()
+
+    for _ in range(2):
+        step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        optimizer.step()
+        step()
         torch.cuda.synchronize()
     names = [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert 2 <= len(names) <= 8, names
+    looks = sum("amax_kernel" in name for name in names)
+    assert looks == (norm is not None or "nonfinite" not in options)
+    assert sum("norm_kernel" in name for name in names) == (norm is not None)
 
 
 @contextmanager
@@ -391,6 +452,60 @@ def test_steps_do_not_wait_for_the_gpu(lr: str, clip: float | None) -> None:
         with no_synchronisation():
             optimizer.step(clip=factor)
     assert all(int(state["step"]) == 4 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("states", ["8bit", "fp8-lm"])
+def test_clipping_does_not_wait_for_the_gpu(states: str, tensor: bool) -> None:
+    params = parameters("cuda", (BF16, FP32))
+    optimizer = AdamW(params, states=states)
+    limit = torch.tensor(0.05, device="cuda") if tensor else 0.05
+    norms = []
+    for step in range(4):
+        set_gradients(params, step)
+        if step == 0:
+            optimizer.clip_grad_norm_(limit)
+            optimizer.step()
+            continue
+        with no_synchronisation():
+            norms.append(optimizer.clip_grad_norm_(limit))
+            if step == 2:
+                optimizer.apply_clip()
+            optimizer.step()
+    assert len({float(norm) for norm in norms}) == 3, "norms are not overwritten by later ones"
+
+
+@pytest.mark.parametrize("states", ["8bit", "fp8-lm"])
+def test_a_clip_in_a_cuda_graph(states: str) -> None:
+    made = [(p := parameters("cuda", (BF16,)), AdamW(p, states=states)) for _ in "ab"]
+    (params, optimizer), (twins, twin) = made
+    for some in (params, twins):
+        set_gradients(some, 0)
+    for one in (optimizer, twin):
+        one.clip_grad_norm_(0.05)
+        one.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = optimizer.clip_grad_norm_(0.05)
+        optimizer.step()
+    for step in range(1, 3):
+        source = [nn.Parameter(p.detach()) for p in params]
+        set_gradients(source, step)
+        set_gradients(twins, step)
+        for p, s in zip(params, source, strict=True):
+            p.grad.copy_(s.grad)
+        graph.replay()
+        assert same_bits(norm, twin.clip_grad_norm_(0.05)), step
+        twin.step()
+        pairs = zip(snapshot(params, optimizer), snapshot(twins, twin), strict=True)
+        assert all(same_bits(a, b) for a, b in pairs), step
+    for one in (optimizer, twin):  # eager again, between replays
+        one.clip_grad_norm_(0.05)
+        one.step()
+    graph.replay()
+    twin.clip_grad_norm_(0.05)
+    twin.step()
+    assert all(same_bits(a, b) for a, b in zip(snapshot(params, optimizer), snapshot(twins, twin), strict=True))
 
 
 @pytest.mark.parametrize("states", ["8bit", "fp8-lm"])

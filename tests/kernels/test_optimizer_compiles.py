@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp8-lm": {"states": "fp8-lm"},
     "master": {"states": "8bit", "master": "fp32", "nonfinite": "element"},
 }
+CLIPPED = "by the norm"
 WIRED = "fp8-lm"  # gradients pass through the communication format, and amaxes are noted
 
 
@@ -68,7 +69,7 @@ def drive() -> list[tuple[str, str]]:
     return asked
 
 
-def step(states: str, wired: bool, **options: Any) -> list[list[tuple[str, str]]]:
+def step(states: str, wired: bool, norm: bool, **options: Any) -> list[list[tuple[str, str]]]:
     """What two steps ask of the driver."""
     from hf_lowprec.kernels import launch, optimizer, wires
     from hf_lowprec.optim import AdamW, fused
@@ -95,7 +96,8 @@ def step(states: str, wired: bool, **options: Any) -> list[list[tuple[str, str]]
             for p in params:
                 p.grad = torch.zeros_like(p)
             items = adamw._collect()
-            kernels.step(adamw.algorithm, items, None, None)
+            look = kernels.look(adamw.algorithm, items, 1.0) if norm else None
+            kernels.step(adamw.algorithm, items, None if look is None else look.factor, None, None, look)
             adamw._release(items)
             out.append(list(asked))
             asked.clear()
@@ -119,5 +121,21 @@ def test_a_first_step_compiles_everything_before_it_launches_anything(case: str,
     assert ("observe_kernel" in [name for _, name in second]) == (case == WIRED)
 
 
+@pytest.mark.slow
+def test_a_step_that_clips_looks_once(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    own = {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, __file__, CLIPPED], env={**os.environ, **own}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    _, second = json.loads(done.stdout)
+    assert {what for what, _ in second} == {"launch"}
+    names = [name for _, name in second]
+    assert names[:3] == ["amax_kernel", "norm_kernel", "prepare_kernel"]
+    assert set(names[3:]) == {"step_kernel"} and len(names) <= 6
+
+
 if __name__ == "__main__":
-    print(json.dumps(step(wired=sys.argv[1] == WIRED, **CASES[sys.argv[1]])))
+    name = sys.argv[1]
+    print(json.dumps(step(wired=name == WIRED, norm=name == CLIPPED, **CASES.get(name, {"states": "8bit"}))))

@@ -97,6 +97,25 @@ CASES: dict[str, dict[str, Any]] = {
     "edited by data, part": {"states": "fp8-lm", "edit": "data", "start": 5120},
     "edited by item, large and small": {"states": "fp8-lm", "edit": "item", "sizes": [65537, 300], "above": 1 << 16},
     "amax Lion, eps of 0": {"make": "Lion", "amax": True},
+    # Gradients clipped to a norm, which the look before the step finds.
+    **{f"norm {name}": {"norm": 0.02, "sizes": [40000, 33], "dtypes": [dtype]} for name, dtype in DTYPES.items()},
+    "norm, mixed": {"norm": torch.tensor(0.02), "sizes": [16384, 1, 0, 16385], "dtypes": [B, F], "groups": True},
+    "norm, none": {"norm": 0.02, "sizes": [0]},
+    "norm, beyond": {"norm": 1e300},
+    "norm, not aligned": {"norm": 0.02, "sizes": [33000, 17], "skew": True},
+    "norm, not contiguous": {"norm": 0.02, "strided": True},
+    "norm, one NaN": {"norm": 0.02, "spoil": 1, "states": "fp8-lm"},
+    "norm, by element": {"norm": 0.02, "spoil": 1, "nonfinite": "element", "dtypes": [B, F]},
+    "norm fp8-lm, amax": {"norm": 0.02, "states": "fp8-lm", "amax": True},
+    "norm StableAdamW": {"norm": 0.02, "make": "StableAdamW", "sizes": [4100, 33]},
+    "norm Lion": {"norm": 0.02, "make": "Lion", "states": "compact"},
+    "norm SGD": {"norm": 0.02, "make": "SGD", "momentum": 0.9, "lr": 0.1},
+    "norm, wired": {"norm": 0.02, "states": "fp8-lm", "wire": 2, "sizes": [5120, 4100, 33, 0], "amax": True},
+    "norm, wired, by element": {"norm": 0.02, "wire": 1, "spoil": 1, "nonfinite": "element", "dtypes": [B, F]},
+    **{
+        f"norm, edited by {how}": {"norm": 0.02, "states": "fp8-lm", "edit": how} for how in ("item", "data", "unseen")
+    },
+    "norm, more sums than a row": {"norm": 0.02, "sizes": [5 * 16384 + 5, 2 * 16384], "states": "fp32", "rows": 2},
 }
 CASES["AdamW compact fp16"]["master"] = "sr"  # a residual needs bfloat16
 # The same for optimizers without kernels: arguments of `check_exchange`.
@@ -115,6 +134,7 @@ QUICK = (
     "wired, one NaN", "wired, by element", "part", "part fp8-lm", "amax 8bit", "amax compact", "amax, one NaN",
     *(f"edited by {how}, default" for how in ("copy_", "item", "data", "row", "unseen")), "edited by row, fp32",
     "edited by item in a skipped step", "edited by item, by element", "edited by data, wired",
+    *(f"norm {name}" for name in DTYPES), "norm, mixed", "norm, one NaN", "norm, wired", "norm, edited by data",
 )  # fmt: skip
 
 
@@ -148,18 +168,20 @@ def check(
     make: str = "AdamW", states: str = "8bit", *, sizes: list[int] | None = None,
     dtypes: list[torch.dtype] | None = None, clip: float | None = None, spoil: int | None = None,
     groups: bool = False, strided: bool = False, skew: bool = False, wire: int = 0, amax: bool = False, start: int = 0,
-    edit: str = "", above: int = 0, **options: Any,
+    edit: str = "", above: int = 0, norm: Any = None, rows: int = 0, **options: Any,
 ) -> None:  # fmt: skip
     """Two steps of the truth and of the kernels; AssertionError names what differs.
 
     wire: gradients pass through the communication format, as of one of so many ranks. amax: of the new Parameters.
     start: where the tensors lie in whole ones, whose gradients are ten times as large elsewhere.
     edit: see `edited`; three steps then, and tensors of more than `above` elements are sampled.
+    norm: what gradients are clipped to. rows: sums of chunks that are added at a time.
     """
     from hf_lowprec import optim
     from hf_lowprec.kernels import optimizer as tables_module
     from hf_lowprec.kernels.optimizer import Tables
-    from hf_lowprec.optim import fused
+    from hf_lowprec.kernels.triton import prepare
+    from hf_lowprec.optim import clipping, fused
 
     made, quantizers = [], []
     sets = []
@@ -175,12 +197,18 @@ def check(
     factor = None if clip is None else torch.tensor(clip)
     if edit:
         tables_module.SAMPLED_ABOVE = above
+    if norm is not None:
+        tables_module.NORM_BLOCK = clipping.ROW = rows or 8192
     for step in range(3 if edit else 2):
         for which, (params, _) in enumerate(sets):
             if step == 1:
                 edited(params, edit, kernels=which == 1)
             set_gradients(params, step, spoil)
         amaxes = None
+        if norm is not None:
+            total = sets[0][1].clip_grad_norm_(norm)
+            assert sets[0][1]._waiting is not None
+            share = sets[0][1]._waiting.look.factor
         if start:
             amaxes = step_of_parts(sets[0][1], start)
         else:
@@ -190,7 +218,15 @@ def check(
         for item in items:
             item.start = start
         with mock.patch.object(fused, "Tables", lambda *args, **more: made.append(Tables(*args, **more)) or made[-1]):
-            kernels.step(optimizer.algorithm, items, factor, torch.tensor(True) if start else None, amaxes)
+            if norm is not None:
+                look = kernels.look(optimizer.algorithm, items, optim.base._limit(norm, torch.device("meta")))
+                same_bits(look.norm, total, f"step {step}: norm")
+                same_bits(look.factor, share, f"step {step}: factor")
+                kernels.step(optimizer.algorithm, items, look.factor, None, None, look)
+                assert made[0]._last is not None, "launches with a factor of ours are kept"
+                assert not any(one.bound._kernel is prepare.amax_kernel for one in made[0]._last[1]), "a second look"
+            else:
+                kernels.step(optimizer.algorithm, items, factor, torch.tensor(True) if start else None, amaxes)
         optimizer._release(items)
         compare(*sets, where=f"step {step}")
         if amax:
@@ -202,6 +238,12 @@ def check(
             a, b = (getattr(quantizer, name).tolist() for quantizer in quantizers)
             assert a == b, f"step {step}: {name} is {b}, not {a}"
     assert len(made) == 1 and made[0].wired == bool(wire)
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    assert found.dtype == expected.dtype == torch.float32 and found.shape == expected.shape == ()
+    both = bool(found.isnan() & expected.isnan())
+    assert both or torch.equal(found.view(torch.int32), expected.view(torch.int32)), f"{what} {found}, not {expected}"
 
 
 def edited(params: list[nn.Parameter], how: str, *, kernels: bool) -> None:

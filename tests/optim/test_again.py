@@ -31,7 +31,8 @@ class Tables:
         self, algorithm: str, rows: Sequence[Any], grads: list[int], groups: list[Any], device: Any, **more: Any
     ) -> None:
         self.rows, self.grads, self.groups, self.more = rows, list(grads), groups, more
-        self.steps = 0
+        self.steps = self.looks = 0
+        self.factor = torch.tensor(0.5)
         self.weight_amax = torch.arange(len(rows), dtype=torch.float32) + 100 * len(Tables.made)
         Tables.made.append(self)
 
@@ -40,6 +41,10 @@ class Tables:
 
     def set_groups(self, groups: list[Any]) -> None:
         self.groups = groups
+
+    def look(self, limit: Any) -> tuple[Tensor, Tensor]:
+        self.looks, self.limit = self.looks + 1, limit
+        return torch.tensor(2.0), self.factor
 
     def step(self, **arguments: Any) -> Tensor:
         self.steps, self.arguments = self.steps + 1, arguments
@@ -126,6 +131,67 @@ def test_clip_and_counters() -> None:
     assert torch.equal(told["clip"], clip) and told["skipped_steps"] is optimizer.skipped_steps
     with pytest.raises(TypeError, match="clip"):
         optimizer.step(clip=0.5)  # type: ignore[arg-type]
+
+
+def test_a_clip_looks_and_the_step_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer = made()
+    monkeypatch.setattr(optimizer, "_collect", lambda *_, **__: pytest.fail("it looked at each parameter"))
+    for looks in (1, 2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        assert optimizer.clip_grad_norm_(0.25) == 2
+        optimizer.param_groups[0]["lr"] = 1e-4 * looks
+        optimizer.step()
+        table = Tables.made[0]
+        told = table.arguments
+        assert told["clip"] is table.factor and told["looked"] and told["trusted"] and told["finite"] is None
+        assert table.looks == looks and table.limit == 0.25
+        assert table.grads == [p.grad.data_ptr() for p in params]  # type: ignore[union-attr]
+    step(params, optimizer)
+    assert Tables.made[0].arguments["clip"] is None and not Tables.made[0].arguments["looked"]
+    assert len(Tables.made) == 1 and Tables.made[0].looks == 2
+
+
+def test_a_clip_before_the_first_step() -> None:
+    params = [nn.Parameter(torch.randn(64, 65).bfloat16()) for _ in range(3)]
+    optimizer = optim.AdamW(params)
+    for _ in range(2):
+        for p in params[1:]:
+            p.grad = torch.randn_like(p)
+        optimizer.clip_grad_norm_(torch.tensor(0.25))
+        optimizer.step()
+        assert Tables.made[0].arguments["looked"] and Tables.made[0].limit == 0.25
+    assert len(Tables.made) == 1 and Tables.made[0].looks == 2
+
+
+def test_edits_of_parameters_between_clip_and_step_are_noticed() -> None:
+    params, optimizer = made()
+    for edit in (lambda: params[1].fill_(7.0), lambda: setattr(params[1], "data", params[1].data.clone())):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.clip_grad_norm_(0.25)
+        with torch.no_grad():
+            edit()
+        optimizer.step()
+        assert not Tables.made[-1].arguments["trusted"]
+    assert [table.arguments["looked"] for table in Tables.made] == [True, False], "new tables have not looked"
+
+
+def test_a_look_is_of_the_gradients_of_its_step() -> None:
+    params, optimizer = made()
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.clip_grad_norm_(0.25)
+    params[2].grad = None
+    optimizer.step()
+    assert len(Tables.made) == 2 and not Tables.made[1].arguments["looked"]
+    assert Tables.made[1].arguments["clip"] is Tables.made[0].factor
+    for p in params:
+        p.grad = torch.randn_like(p)
+    params[1].grad = torch.randn(65, 64).bfloat16().t()
+    optimizer.clip_grad_norm_(0.25)
+    optimizer.step()  # of a copy of that gradient, at an address of its own
+    assert Tables.made[0].arguments["clip"] is Tables.made[0].factor
 
 
 def a_gradient_is_missing(params: list[nn.Parameter], optimizer: Any) -> None:
@@ -344,6 +410,21 @@ def test_kernels_are_told_the_wires_and_nobody_else_quantises(monkeypatch: pytes
     assert all(wire.k is quantizer.k and wire.count is quantizer.count for wire in wires if wire)
     step(params, optimizer)
     assert len(Tables.made) == 3 and not Tables.made[2].more["wires"]
+
+
+def test_a_clip_keeps_the_wires_of_the_last_step() -> None:
+    """Which a recipe tells when the step begins: the tables of the clip would be made anew by each step."""
+    params, optimizer = made()
+    swap = swap_of(params)
+    for number in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.clip_grad_norm_(0.25)
+        swap.pre_step(optimizer, (optimizer,), {})
+        optimizer.step()
+        swap.post_step(optimizer, (optimizer,), {})
+        assert Tables.made[-1].arguments["looked"] == (number > 0)
+    assert len(Tables.made) == 2 and Tables.made[1].looks == 2
 
 
 def test_wires_follow_the_quantizers_state() -> None:

@@ -256,20 +256,29 @@ def test_numbers_are_equal_on_all_ranks(pair: Pair) -> None:
     assert pair(agreed) == [True, True]
 
 
-def clipped(shard: bool, norm_type: float) -> tuple[float, float, list[torch.Tensor]]:
+def clipped(shard: bool, norm_type: float, how: str = "factor") -> tuple[float, float, list[torch.Tensor]]:
     bag = sharded() if shard else Bag()
     optimizer = AdamW(bag.parameters(), lr=0.1, states="fp32")
     set_gradients(bag, 1)
     factor, norm = clip_factor(bag.parameters(), 0.5, norm_type)
-    optimizer.step(clip=factor)
+    if how == "factor":
+        optimizer.step(clip=factor)
+    else:
+        assert torch.equal(optimizer.clip_grad_norm_(0.5, norm_type), norm)
+        if how == "in place":
+            optimizer.apply_clip()
+        optimizer.step()
     return factor.item(), norm.item(), [whole(p).view(F32) for p in bag.weights]
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, torch.inf])
-def test_clipping_by_the_norm_of_all_ranks(pair: Pair, norm_type: float) -> None:
+@pytest.mark.parametrize(
+    ("norm_type", "how"),
+    [(1.0, "factor"), (2.0, "factor"), (torch.inf, "factor"), (2.0, "optimizer"), (2.0, "in place")],
+)
+def test_clipping_by_the_norm_of_all_ranks(pair: Pair, norm_type: float, how: str) -> None:
     factor, norm, weights = clipped(False, norm_type)
     assert factor < 0.5
-    for one, two, theirs in pair(clipped, True, norm_type):
+    for one, two, theirs in pair(clipped, True, norm_type, how):
         assert (one, two) == pytest.approx((factor, norm), rel=1e-5)
         for a, b in zip(weights, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -65,6 +65,7 @@ from hf_lowprec.kernels.triton.columns import (
     chunk_of,
     left_of,
 )
+from hf_lowprec.kernels.triton.gradient_norm import in_pairs
 from hf_lowprec.kernels.triton.sample import note_edited
 from hf_lowprec.kernels.triton.wire import amax_through
 from hf_lowprec.kernels.triton.words import bits_of, elements, float_of, load_words
@@ -73,29 +74,34 @@ from hf_lowprec.kernels.triton.words import bits_of, elements, float_of, load_wo
 
 
 @triton.jit
-def _amax_of(base, number, left, FORMAT: tl.constexpr, FAST: tl.constexpr, WIRED: tl.constexpr, CHUNK: tl.constexpr,
-             TILE: tl.constexpr):  # fmt: skip
-    """Bits of the largest magnitude of a chunk, and, if WIRED, of the largest finite one."""
+def _amax_of(base, number, left, FORMAT: tl.constexpr, FAST: tl.constexpr, WIRED: tl.constexpr, NORM: tl.constexpr,
+             CHUNK: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Bits of the largest magnitude of a chunk; if WIRED of the largest finite one; if NORM sums of squares."""
     BITS: tl.constexpr = 32 if FORMAT == "fp32" else 16
     EACH: tl.constexpr = 4 if FORMAT == "fp32" else 8
     largest = tl.zeros([1, TILE], dtype=tl.int32)
     finite = largest
+    squares = tl.zeros([1, TILE], dtype=tl.float32)
     for tile in tl.range(0, tl.cdiv(left, TILE)):
         words = load_words(base, number * (CHUNK // TILE), tile, left, BITS, 1, TILE, EACH, FAST)
-        bits = bits_of(from_float(elements(words, BITS, FAST), FORMAT)) & 0x7FFFFFFF
+        values = from_float(elements(words, BITS, FAST), FORMAT)
+        bits = bits_of(values) & 0x7FFFFFFF
+        if NORM:
+            squares += values * values
         largest = tl.maximum(largest, bits)
         if WIRED:
             finite = tl.maximum(finite, tl.where(bits < 0x7F800000, bits, 0))
-    return tl.max(largest), tl.max(finite)
+    return tl.max(largest), tl.max(finite), squares
 
 
 @triton.jit
 def amax_kernel(
-    chunks, table, grads, seen, scalars, WIRED: tl.constexpr, SAMPLE: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
+    chunks, table, grads, seen, scalars, sums, WIRED: tl.constexpr, SAMPLE: tl.constexpr, NORM: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Raises the amaxes of a tensor by one chunk of its gradient. WIRED: some gradients pass through a format. SAMPLE:
-    some Parameters follow masters, and `scalars` get to know where somebody edited them."""
+    some Parameters follow masters, and `scalars` get to know where somebody edited them. NORM: `sums` get the chunk's
+    sum of squares, float32."""
     tensor, careful, number = chunk_of(chunks)
     row = table + tensor * T_COLUMNS
     left = left_of(row, number, CHUNK)
@@ -103,22 +109,25 @@ def amax_kernel(
     kind = tl.load(row + T_GRAD_FORMAT)
     if careful:
         if kind == 0:
-            largest, finite = _amax_of(base, number, left, "fp32", False, WIRED, CHUNK, TILE)
+            largest, finite, squares = _amax_of(base, number, left, "fp32", False, WIRED, NORM, CHUNK, TILE)
         elif kind == 1:
-            largest, finite = _amax_of(base, number, left, "bf16", False, WIRED, CHUNK, TILE)
+            largest, finite, squares = _amax_of(base, number, left, "bf16", False, WIRED, NORM, CHUNK, TILE)
         else:
-            largest, finite = _amax_of(base, number, left, "fp16", False, WIRED, CHUNK, TILE)
+            largest, finite, squares = _amax_of(base, number, left, "fp16", False, WIRED, NORM, CHUNK, TILE)
     else:
         if kind == 0:
-            largest, finite = _amax_of(base, number, left, "fp32", True, WIRED, CHUNK, TILE)
+            largest, finite, squares = _amax_of(base, number, left, "fp32", True, WIRED, NORM, CHUNK, TILE)
         elif kind == 1:
-            largest, finite = _amax_of(base, number, left, "bf16", True, WIRED, CHUNK, TILE)
+            largest, finite, squares = _amax_of(base, number, left, "bf16", True, WIRED, NORM, CHUNK, TILE)
         else:
-            largest, finite = _amax_of(base, number, left, "fp16", True, WIRED, CHUNK, TILE)
+            largest, finite, squares = _amax_of(base, number, left, "fp16", True, WIRED, NORM, CHUNK, TILE)
     seen += tensor * N_COLUMNS
     tl.atomic_max(seen + N_AMAX, largest)
     if WIRED:
         tl.atomic_max(seen + N_FINITE, finite)
+    if NORM:
+        if left > 0:  # the chunk behind a tensor's last is another's
+            tl.store(sums + tl.load(row + T_CHUNK) + number, in_pairs(tl.reshape(squares, [TILE])))
     if SAMPLE:
         note_edited(row, scalars + tensor * S_COLUMNS, number, left, CHUNK)
 
