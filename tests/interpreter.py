@@ -29,8 +29,9 @@ def run(script: str, *arguments: str, **more: str) -> str:
 
 def mend() -> None:
     """What the interpreter does wrongly: loop bounds as [1] arrays, which numpy >= 2.4 makes no int of; float32 to
-    bfloat16 truncated and to float8 off (1.887 becomes 1.0 in E4M3; Triton 3.6); masks that are no bools (3.9);
-    NaN of `tl.maximum` and `tl.minimum`, which on a GPU return the number beside it."""
+    bfloat16 truncated and to float8 off (1.887 becomes 1.0 in E4M3; Triton 3.6); back to float32, the subnormal
+    numbers of bfloat16 and what is not finite in float8; masks that are no bools (3.9); NaN of `tl.maximum` and
+    `tl.minimum`, which on a GPU return the number beside it."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -51,6 +52,10 @@ def mend() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def to_nearest(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source in narrow and target == tl.float32:
+            dtype, raw, _ = narrow[source]
+            exact = torch.from_numpy(np.ascontiguousarray(values)).view(raw).view(dtype).float()
+            return exact.view(torch.int32).numpy().view(np.uint32)
         if source != tl.float32 or target not in narrow:
             return convert(values, source, target, mode)
         dtype, raw, words = narrow[target]  # of float8 in range: the kernels have clamped

@@ -13,7 +13,10 @@ from hf_lowprec.ops.norm import default_norm, default_norm_backward
 SHAPES = [(5, 33), (1, 16), (70, 64), (300, 20), (2, 3, 100), (0, 8)]
 
 
-def check(shape: tuple[int, ...], center: bool, dtype: torch.dtype, mid: torch.dtype, weighted: bool) -> None:
+def check(
+    shape: tuple[int, ...], center: bool, dtype: torch.dtype, mid: torch.dtype, weighted: bool, slack: float = 3e-7
+) -> None:
+    """slack: what sums in another order may be off by."""
     from hf_lowprec.kernels.norm import norm, norm_backward
 
     generator = torch.Generator().manual_seed(shape[-1])
@@ -40,7 +43,7 @@ def check(shape: tuple[int, ...], center: bool, dtype: torch.dtype, mid: torch.d
         assert ours.dtype == default.dtype and ours.shape == default.shape
         if ours.numel():
             error = numerics.relative_error(best, ours.double())
-            assert error <= 1.1 * numerics.relative_error(best, default.double()) + 3e-7, i
+            assert error <= 1.1 * numerics.relative_error(best, default.double()) + slack, i
     again = norm_backward(*args)
     assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
     for wanted in ((False, *dtypes), (True, None, dtypes[1]), (True, dtypes[0], None), (True, None, None)):
